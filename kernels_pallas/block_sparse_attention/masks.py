@@ -1,0 +1,127 @@
+"""Who may attend to whom: a rule for two tokens, and what it says of blocks."""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+
+@runtime_checkable
+class MaskRule(Protocol):
+    """Visibility of a key to a query, from positions and segments alone.
+
+    Members are frozen dataclasses, so a rule is hashable and a static argument. Tokens see their
+    own segment only; segment 0 is padding, which neither sees nor is seen.
+    """
+
+    def __call__(
+        self,
+        q_pos: Int[Array, "..."],
+        kv_pos: Int[Array, "..."],
+        q_seg: Int[Array, "..."],
+        kv_seg: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """Whether each query sees each key; the arguments broadcast at equal rank."""
+        ...
+
+    def block_map(
+        self, block_q: int, block_k: int, num_q: int, num_k: int
+    ) -> Bool[np.ndarray, "num_q num_k"]:
+        """Which blocks may hold a visible pair, where queries and keys are the same tokens.
+
+        An upper bound that goes by index. It holds where, inside a segment, a later index has a
+        later position and positions are at least as far apart as indices: rows of packed
+        documents are such rows.
+
+        Args:
+            block_q: queries in a block.
+            block_k: keys in a block.
+            num_q: blocks of queries.
+            num_k: blocks of keys.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bidirectional:
+    """Every token sees its whole segment."""
+
+    def __call__(
+        self,
+        q_pos: Int[Array, "..."],
+        kv_pos: Int[Array, "..."],
+        q_seg: Int[Array, "..."],
+        kv_seg: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """Same segment, not padding."""
+        return _same_segment(q_seg, kv_seg)
+
+    def block_map(
+        self, block_q: int, block_k: int, num_q: int, num_k: int
+    ) -> Bool[np.ndarray, "num_q num_k"]:
+        """Every block; this one holds for any order and for queries that are not the keys."""
+        return np.ones((num_q, num_k), bool)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Causal:
+    """A token sees itself and earlier positions of its segment."""
+
+    def __call__(
+        self,
+        q_pos: Int[Array, "..."],
+        kv_pos: Int[Array, "..."],
+        q_seg: Int[Array, "..."],
+        kv_seg: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """Same segment and ``kv_pos <= q_pos``."""
+        return _same_segment(q_seg, kv_seg) & (kv_pos <= q_pos)
+
+    def block_map(
+        self, block_q: int, block_k: int, num_q: int, num_k: int
+    ) -> Bool[np.ndarray, "num_q num_k"]:
+        """Blocks whose first key is not after their last query."""
+        return _first(block_k, num_k)[None, :] <= _last(block_q, num_q)[:, None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlidingWindow:
+    """A token sees the last ``size`` positions of its segment, itself among them.
+
+    Attributes:
+        size: positions that a token sees, at least 1.
+    """
+
+    size: int
+
+    def __call__(
+        self,
+        q_pos: Int[Array, "..."],
+        kv_pos: Int[Array, "..."],
+        q_seg: Int[Array, "..."],
+        kv_seg: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """Same segment and ``q_pos - size < kv_pos <= q_pos``."""
+        near = (kv_pos <= q_pos) & (q_pos - kv_pos < self.size)
+        return _same_segment(q_seg, kv_seg) & near
+
+    def block_map(
+        self, block_q: int, block_k: int, num_q: int, num_k: int
+    ) -> Bool[np.ndarray, "num_q num_k"]:
+        """Causal blocks whose last key is within reach of their first query."""
+        oldest = _first(block_q, num_q) - self.size
+        reached = _last(block_k, num_k)[None, :] > oldest[:, None]
+        return reached & Causal().block_map(block_q, block_k, num_q, num_k)
+
+
+def _same_segment(q_seg: Int[Array, "..."], kv_seg: Int[Array, "..."]) -> Bool[Array, "..."]:
+    return (q_seg == kv_seg) & (kv_seg != 0)
+
+
+def _first(block: int, count: int) -> Int[np.ndarray, " count"]:
+    return np.arange(count) * block
+
+
+def _last(block: int, count: int) -> Int[np.ndarray, " count"]:
+    return np.arange(count) * block + block - 1

@@ -1,0 +1,57 @@
+"""Guards every test runs under: CPU only, no network, no silent rank promotion."""
+
+import os
+import pathlib
+import random
+import socket
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+from tokenlab import config
+from tokenlab.files import load_module
+
+CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CHECKOUT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Only loopback and local sockets connect."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        remote = isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost")
+        if remote:
+            raise RuntimeError(f"a test tried to reach {address}; tests run without a network")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def corpus_folder(tmp_path):
+    """A working folder with sixty short text files under ``corpus/``."""
+    rng = random.Random(0)
+    words = "the quick brown fox jumps over a lazy dog while nobody in town looks on".split()
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(60):
+        count = rng.randint(5, 60)
+        text = " ".join(rng.choice(words) for _ in range(count)).capitalize() + f" {number}.\n"
+        (folder / f"{number:02}.txt").write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(corpus_folder):
+    """The experiment of ``tests/tiny.py`` over ``corpus_folder``."""
+    pattern = str(corpus_folder / "corpus/*.txt")
+    return config.replace(
+        load_module(CHECKOUT / "tests/tiny.py").config(),
+        {"data.corpus.pattern": pattern, "evals.held_out.corpus.pattern": pattern},
+    )

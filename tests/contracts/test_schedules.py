@@ -1,0 +1,212 @@
+"""Every schedule in closed form, and the optimiser against a NumPy transcription."""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from tokenlab import config
+from tokenlab.core.duration import Clock, Fraction, Tokens
+from tokenlab.depth import Sequential
+from tokenlab.models import llama
+from tokenlab.train import optimizer
+from tokenlab.train.optimizer import (
+    AdamW,
+    Constant,
+    Cosine,
+    Optimizer,
+    Schedule,
+    WarmupStableDecay,
+    decayed,
+)
+
+TOTAL, PEAK = 100, 0.4
+CLOCK = Clock(tokens_per_step=10, tokens_per_epoch=lambda: 250, total_steps=TOTAL)
+
+
+def rise(step, warmup):
+    return PEAK if step >= warmup else PEAK * step / warmup
+
+
+def half_cosine(step, warmup, floor):
+    if step < warmup:
+        return rise(step, warmup)
+    done = min(1.0, (step - warmup) / (TOTAL - warmup))
+    return PEAK * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def plateau(step, warmup, decay, floor):
+    left = max(0, TOTAL - step)
+    if step < warmup or left >= decay:
+        return rise(step, warmup)
+    return PEAK * (floor + (1 - floor) * left / decay)
+
+
+class Case(NamedTuple):
+    """A schedule and its value at a step."""
+
+    schedule: Schedule
+    closed_form: Callable[[int], float]
+
+
+TABLE = {
+    Constant: (
+        Case(Constant(peak=PEAK), lambda step: PEAK),
+        Case(Constant(peak=PEAK, warmup=20), lambda step: rise(step, 20)),
+    ),
+    Cosine: (
+        Case(Cosine(peak=PEAK), lambda step: half_cosine(step, 2, 0.1)),
+        Case(Cosine(peak=PEAK, warmup=0), lambda step: half_cosine(step, 0, 0.1)),
+        Case(
+            Cosine(peak=PEAK, warmup=Tokens(count=200), floor=0.0),
+            lambda step: half_cosine(step, 20, 0.0),
+        ),
+    ),
+    WarmupStableDecay: (
+        Case(WarmupStableDecay(peak=PEAK), lambda step: plateau(step, 2, 20, 0.0)),
+        Case(WarmupStableDecay(peak=PEAK, warmup=0), lambda step: plateau(step, 0, 20, 0.0)),
+        Case(WarmupStableDecay(peak=PEAK, decay=0), lambda step: plateau(step, 2, 0, 0.0)),
+        Case(
+            WarmupStableDecay(peak=PEAK, warmup=10, decay=Fraction(of_run=0.5), floor=0.25),
+            lambda step: plateau(step, 10, 50, 0.25),
+        ),
+    ),
+}
+OPTIMIZERS = {AdamW}
+CASES = [case for cases in TABLE.values() for case in cases]
+every = pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.schedule))
+
+
+def public(family):
+    return {
+        member
+        for member in vars(optimizer).values()
+        if inspect.isclass(member) and issubclass(member, family) and not inspect.isabstract(member)
+    }
+
+
+def test_the_tables_hold_every_public_member():
+    assert public(Schedule) == set(TABLE)
+    assert public(Optimizer) == OPTIMIZERS
+
+
+@every
+def test_equals_the_closed_form_from_the_first_step_to_the_end(case):
+    steps = np.arange(TOTAL + 1)
+    found = jax.jit(jax.vmap(case.schedule.build(CLOCK)))(steps)
+    expected = [case.closed_form(step) for step in steps.tolist()]
+    np.testing.assert_allclose(np.broadcast_to(found, steps.shape), expected, rtol=2e-5, atol=1e-8)
+
+
+@every
+def test_the_object_is_its_own_config(case):
+    for part in (case.schedule, AdamW(learning_rate=case.schedule, clip_norm=None)):
+        loaded = config.load(config.dump(part))
+        assert loaded == part and hash(loaded) == hash(part)
+
+
+def test_methods_from_papers_name_them():
+    for member in (WarmupStableDecay, AdamW):
+        assert "Reference: " in inspect.getdoc(member) and "arXiv:" in inspect.getdoc(member)
+
+
+# ---------------------------------------------------------------- AdamW
+
+
+def adamw_by_hand(part, rates, params, gradients):
+    """The published update over dicts of float64 arrays; names that end in * are spared."""
+    first = {name: np.zeros_like(value) for name, value in params.items()}
+    second = {name: np.zeros_like(value) for name, value in params.items()}
+    for count, (rate, raw) in enumerate(zip(rates, gradients, strict=True), start=1):
+        norm = math.sqrt(sum((g**2).sum() for g in raw.values()))
+        clip = part.clip_norm
+        factor = 1.0 if clip is None or norm < clip else clip / norm
+        for name, gradient in raw.items():
+            g = gradient * factor
+            first[name] = part.b1 * first[name] + (1 - part.b1) * g
+            second[name] = part.b2 * second[name] + (1 - part.b2) * g**2
+            m = first[name] / (1 - part.b1**count)
+            v = second[name] / (1 - part.b2**count)
+            decay = 0.0 if name.endswith("*") else part.weight_decay
+            update = m / (np.sqrt(v) + part.epsilon) + decay * params[name]
+            params = params | {name: params[name] - rate * update}
+    return params
+
+
+def nested(flat):
+    """The layout of a model: norms hold a ``scale``, some layers a ``bias``."""
+    return {
+        "block_0": {"mixer_norm": {"scale": flat["norm*"]}, "out": {"kernel": flat["kernel"]}},
+        "head": {"bias": flat["bias*"]},
+        "embedding": flat["embedding"],
+    }
+
+
+@pytest.mark.parametrize("clip", [None, 0.5, 1e6])
+def test_adamw_equals_the_published_update(clip):
+    part = AdamW(
+        learning_rate=Constant(peak=PEAK, warmup=4), b1=0.8, b2=0.9, epsilon=1e-3,
+        weight_decay=0.3, clip_norm=clip,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    shapes = {"norm*": (3,), "kernel": (3, 4), "bias*": (4,), "embedding": (5, 3)}
+    params, *gradients = (
+        {name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(6)
+    )
+    schedule = part.learning_rate.build(CLOCK)
+    transform = part.build(schedule)
+    step = jax.jit(lambda g, s, p: transform.update(g, s, p))
+    found = jax.tree.map(jnp.float32, nested(params))
+    state = transform.init(found)
+    for gradient in gradients:
+        updates, state = step(jax.tree.map(jnp.float32, nested(gradient)), state, found)
+        found = optax.apply_updates(found, updates)
+    rates = [PEAK * count / 4 for count in range(4)] + [PEAK]
+    expected = nested(adamw_by_hand(part, rates, params, gradients))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+    )
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_weight_decay_spares_norms_and_reaches_every_matrix(scan):
+    model = llama(
+        vocab_size=11, dim=8, num_layers=3, num_heads=2, num_kv_heads=1, hidden_dim=8,
+        depth=Sequential(scan=scan),
+    )  # fmt: skip
+    tokens = jnp.zeros((1, 4), int)
+    params = nn.meta.unbox(
+        jax.eval_shape(
+            lambda: model.init(jax.random.key(0), tokens, positions=tokens, segments=tokens + 1)
+        )["params"]
+    )
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params)
+    part = AdamW(learning_rate=Constant(peak=PEAK, warmup=1), weight_decay=0.5)
+    transform = part.build(lambda count: PEAK)
+    nothing = jax.tree.map(np.zeros_like, params)
+    # With no gradient the whole update is the decay.
+    updates, _ = jax.jit(lambda g, p: transform.update(g, transform.init(p), p))(nothing, params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+        name = jax.tree_util.keystr(path)
+        expected = 0.0 if "norm" in name else -PEAK * 0.5
+        np.testing.assert_allclose(leaf, expected, rtol=1e-6, err_msg=name)
+    spared = [not leaf for leaf in jax.tree.leaves(decayed(params))]
+    assert sum(spared) == (3 if scan else 7)
+
+
+def test_an_update_is_bounded_by_the_clipped_gradient():
+    part = AdamW(learning_rate=Constant(peak=PEAK), b1=0.0, weight_decay=0.0, epsilon=1.0, b2=0.0)
+    transform = part.build(lambda count: 1.0)
+    params = {"kernel": jnp.zeros(3)}
+    gradient = {"kernel": jnp.asarray([300.0, 0.0, 400.0])}
+    updates, _ = transform.update(gradient, transform.init(params), params)
+    # Clipped to (0.6, 0, 0.8); with no memory the update is g / (|g| + 1).
+    expected = [-0.6 / 1.6, 0.0, -0.8 / 1.8]
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)

@@ -1,0 +1,102 @@
+"""Every public task keeps the promises of ``Task``."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+
+import numpy as np
+import pytest
+
+import tokenlab.data.tasks
+from tokenlab.data.tasks.addition import Addition
+from tokenlab.data.tasks.associative_recall import AssociativeRecall
+from tokenlab.data.tasks.base import Task
+from tokenlab.data.tasks.pointer_chase import PointerChase
+
+TABLE = {
+    PointerChase: ({"max_hops": 4}, {"values": 40}),
+    Addition: ({"digits": 9}, {"reversed": True}),
+    AssociativeRecall: ({"pairs": 30}, {"keys": 200}),
+}
+MEMBERS = [
+    pytest.param(member(**fields), id=f"{member.__name__}-{i}")
+    for member, changes in TABLE.items()
+    for i, fields in enumerate(({}, *changes))
+]
+
+
+def same(left, right):
+    for name in left._fields:
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
+
+
+def test_every_public_task_is_in_the_table():
+    found = set()
+    for module in pkgutil.walk_packages(tokenlab.data.tasks.__path__, "tokenlab.data.tasks."):
+        for _, member in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            if issubclass(member, Task):
+                found.add(member)
+    assert found - {Task} == set(TABLE)
+
+
+@pytest.mark.parametrize("task", MEMBERS)
+def test_samples_have_the_promised_types_and_shapes(task):
+    batch = task.sample(seed=0, count=5)
+    for name, values in batch._asdict().items():
+        assert values.shape == (5, task.length), name
+        assert values.dtype == (np.float32 if name == "weights" else np.int32), name
+    assert set(np.unique(batch.weights)) == {0, 1}
+    np.testing.assert_array_equal(batch.weights > 0, batch.difficulty >= 0)
+    for ids in (batch.tokens, batch.targets):
+        assert ids.min() >= 0 and ids.max() < task.tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("task", MEMBERS)
+def test_samples_and_problems_are_functions_of_their_seed(task):
+    for seed in (7, (7, 1)):
+        same(task.sample(seed=seed, count=4), task.sample(seed=seed, count=4))
+        assert task.problems(seed=seed, count=4) == task.problems(seed=seed, count=4)
+    rows = [task.sample(seed=seed, count=4).tokens.tobytes() for seed in (7, 8, (7, 1), (8, 7))]
+    assert len(set(rows)) == 4
+
+
+@pytest.mark.parametrize("task", MEMBERS)
+def test_answers_pass_and_every_corruption_fails(task):
+    problems = task.problems(seed=1, count=50)
+    assert len({tuple(problem.prompt) for problem in problems}) == 50
+    for problem in problems:
+        answer = problem.answer
+        assert task.check(prompt=problem.prompt, completion=answer)
+        assert task.check(prompt=problem.prompt, completion=[*answer, task.tokenizer.eos_id])
+        assert not task.check(prompt=problem.prompt, completion=[])
+        for place in range(len(answer)):
+            for wrong in {*range(task.tokenizer.vocab_size)} - {answer[place]}:
+                completion = [*answer[:place], wrong, *answer[place + 1 :]]
+                assert not task.check(prompt=problem.prompt, completion=completion)
+
+
+@pytest.mark.parametrize("task", MEMBERS)
+def test_problems_look_like_the_beginning_of_a_training_segment(task):
+    batch = task.sample(seed=3, count=1)
+    first = batch.segments[0] == 1
+    tokens, weights = batch.tokens[0, first], batch.weights[0, first]
+    prompt_length = int(np.argmax(weights > 0)) + 1
+    seen = task.tokenizer.decode(tokens[:prompt_length].tolist()).decode()
+    for problem in task.problems(seed=3, count=5):
+        assert len(problem.prompt) == prompt_length
+        asked = task.tokenizer.decode(problem.prompt).decode()
+        # the same symbols up to their numbers
+        assert [c for c in asked if not c.isdigit()] == [c for c in seen if not c.isdigit()]
+        assert problem.difficulty >= 0
+
+
+@pytest.mark.parametrize("task", MEMBERS)
+def test_the_object_is_its_own_config(task):
+    assert task == dataclasses.replace(task)
+    assert hash(task) == hash(dataclasses.replace(task))
+    assert type(task).__dataclass_params__.frozen
+    attributes = inspect.getdoc(type(task)).split("Attributes:")[1]
+    for field in dataclasses.fields(task):
+        assert field.kw_only
+        assert f"\n    {field.name}: " in attributes

@@ -1,0 +1,280 @@
+"""Tasks against slow, independent ways to work out answers and difficulties."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenlab.core.errors import UserError
+from tokenlab.data.tasks.addition import Addition
+from tokenlab.data.tasks.alphabet import AlphabetTokenizer
+from tokenlab.data.tasks.associative_recall import AssociativeRecall
+from tokenlab.data.tasks.pointer_chase import PointerChase
+from tokenlab.data.tasks.source import TaskSource
+
+chases = st.builds(
+    PointerChase,
+    values=st.integers(1, 20),
+    queries=st.integers(1, 6),
+    min_hops=st.integers(0, 3),
+    max_hops=st.integers(3, 7),
+    bijective=st.booleans(),
+)
+additions = st.builds(
+    Addition,
+    digits=st.integers(1, 25),
+    sums=st.integers(1, 4),
+    reversed=st.booleans(),
+    chained=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+)
+recalls = st.integers(1, 12).flatmap(
+    lambda pairs: st.builds(
+        AssociativeRecall,
+        keys=st.integers(pairs, 30),
+        values=st.integers(1, 30),
+        pairs=st.just(pairs),
+        queries=st.integers(1, pairs),
+    )
+)
+tasks = st.one_of(chases, additions, recalls)
+seeds = st.integers(0, 2**40)
+
+
+def text(task, ids):
+    return task.tokenizer.decode(ids).decode()
+
+
+def slow_chase(prompt):
+    """Answer and difficulty of the last query of a written chase."""
+    words = prompt.split()
+    first = next(i for i, word in enumerate(words) if "^" in word)
+    pointers, (start, hops) = words[: first - 1], words[-2:]
+    trail = [start]
+    while len(trail) <= int(hops[1:]):
+        trail.append(pointers[int(trail[-1])])
+    return [(trail[-1], int(hops[1:]))]
+
+
+def slow_sum(prompt, backwards):
+    """Digits of the sum with their carry chains, from whole numbers and windows of them."""
+    a, b = map(int, prompt.rstrip("=").split("+"))
+    digits = []
+    for place in range(len(prompt) // 2):
+        # the nearest window of places to the right that overflows on its own begins the carry
+        chain = 0
+        for reach in range(1, place + 1):
+            window = [number // 10 ** (place - reach) % 10**reach for number in (a, b)]
+            if sum(window) >= 10**reach:
+                chain = reach
+                break
+        digits.append((str((a + b) // 10**place % 10), chain))
+    return digits if backwards else digits[::-1]
+
+
+def slow_recall(prompt):
+    *pairs, asked = prompt.split()
+    table = dict(zip(pairs[0::2], pairs[1::2], strict=True))
+    return [(table[asked], len(pairs) - pairs.index(asked))]
+
+
+def slow(task, prompt):
+    if isinstance(task, Addition):
+        return slow_sum(prompt, task.reversed)
+    return slow_chase(prompt) if isinstance(task, PointerChase) else slow_recall(prompt)
+
+
+@settings(max_examples=150, deadline=None)
+@given(task=tasks, seed=seeds)
+def test_problems_have_the_slow_answer_and_difficulty(task, seed):
+    for problem in task.problems(seed=seed, count=5):
+        answers = slow(task, text(task, problem.prompt))
+        written = [word for word, _ in answers]
+        assert "".join(text(task, problem.answer).split()) == "".join(written)
+        assert problem.difficulty == max(difficulty for _, difficulty in answers)
+
+
+@settings(max_examples=150, deadline=None)
+@given(task=tasks, seed=seeds)
+def test_every_weighted_position_has_the_slow_answer_and_difficulty(task, seed):
+    batch = task.sample(seed=seed, count=3)
+    for row in range(3):
+        for segment in range(1, batch.segments[row].max() + 1):
+            inside = np.flatnonzero(batch.segments[row] == segment)
+            ids = batch.tokens[row, inside].tolist()
+            asked = np.flatnonzero(batch.weights[row, inside])
+            if isinstance(task, Addition):
+                assert asked.tolist() == [2 * task.digits + 1 + i for i in range(task.digits + 1)]
+                answers = slow_sum(text(task, ids[: asked[0] + 1]), task.reversed)
+            elif isinstance(task, PointerChase):
+                assert asked.tolist() == [task.values + 1 + 3 * i for i in range(task.queries)]
+                prompts = [ids[: task.values] + ids[i - 1 : i + 1] for i in asked]
+                answers = [slow_chase(text(task, prompt))[0] for prompt in prompts]
+            else:
+                assert asked.tolist() == [2 * (task.pairs + i) for i in range(task.queries)]
+                prompts = [ids[: 2 * task.pairs] + ids[i : i + 1] for i in asked]
+                answers = [slow_recall(text(task, prompt))[0] for prompt in prompts]
+                # the distance counts the queries between as well
+                answers = [(word, far + 2 * i) for i, (word, far) in enumerate(answers)]
+            targets = batch.targets[row, inside][asked].tolist()
+            assert [text(task, [i]).strip() for i in targets] == [word for word, _ in answers]
+            assert batch.difficulty[row, inside][asked].tolist() == [far for _, far in answers]
+
+
+@settings(max_examples=60, deadline=None)
+@given(task=tasks, seed=seeds)
+def test_rows_are_shifted_once_within_their_segments(task, seed):
+    batch = task.sample(seed=seed, count=4)
+    assert {array.shape for array in batch} == {(4, task.length)}
+    assert batch.tokens.min() >= 3 and batch.tokens.max() < task.tokenizer.vocab_size
+    inner = batch.segments[:, :-1] == batch.segments[:, 1:]
+    np.testing.assert_array_equal(batch.targets[:, :-1][inner], batch.tokens[:, 1:][inner])
+    np.testing.assert_array_equal(batch.positions[:, 1:][inner], batch.positions[:, :-1][inner] + 1)
+    starts = np.concatenate([np.ones((4, 1), bool), ~inner], axis=1)
+    assert (batch.positions[starts] == 0).all()
+    ends = np.concatenate([~inner, np.ones((4, 1), bool)], axis=1)
+    assert (batch.targets[ends] == task.tokenizer.eos_id).all()
+    assert (batch.weights[ends] == 0).all()
+    np.testing.assert_array_equal(batch.weights == 1, batch.difficulty >= 0)
+    np.testing.assert_array_equal(batch.weights == 0, batch.difficulty == -1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(task=tasks, seed=seeds, data=st.data())
+def test_check_accepts_the_answer_and_nothing_else(task, seed, data):
+    (problem,) = task.problems(seed=seed, count=1)
+    prompt, answer = problem.prompt, problem.answer
+    assert task.check(prompt=prompt, completion=answer)
+    assert task.check(prompt=prompt, completion=[*answer, 2, 5])
+    assert not task.check(prompt=prompt, completion=answer[:-1])
+    place = data.draw(st.integers(0, len(answer) - 1))
+    wrong = data.draw(
+        st.integers(0, task.tokenizer.vocab_size - 1).filter(lambda i: i != answer[place])
+    )
+    assert not task.check(prompt=prompt, completion=[*answer[:place], wrong, *answer[place + 1 :]])
+
+
+@settings(max_examples=40, deadline=None)
+@given(task=tasks, seed=seeds)
+def test_text_display_round_trips(task, seed):
+    ids = task.sample(seed=seed, count=1).tokens[0].tolist()
+    assert task.tokenizer.encode(task.tokenizer.decode(ids)) == ids
+
+
+def test_worked_examples():
+    chase = PointerChase(values=3, queries=1, max_hops=4)
+    prompt = chase.tokenizer.encode("1 2 0 1 ^4 ")
+    assert chase.check(prompt=prompt, completion=chase.tokenizer.encode("2 "))
+    addition = Addition(digits=4)
+    prompt = addition.tokenizer.encode("0956+0148=")
+    assert addition.check(prompt=prompt, completion=addition.tokenizer.encode("01104"))
+    # right to left: 6 + 8 begins a carry, 5 + 4 hands it on, 9 + 1 begins another
+    assert slow_sum("0956+0148=", False) == [("0", 0), ("1", 1), ("1", 2), ("0", 1), ("4", 0)]
+    backwards = Addition(digits=4, reversed=True)
+    assert backwards.check(prompt=prompt, completion=addition.tokenizer.encode("40110"))
+    recall = AssociativeRecall(keys=3, values=3, pairs=2, queries=1)
+    prompt = recall.tokenizer.encode("k2 v0 k0 v1 k2 ")
+    assert recall.check(prompt=prompt, completion=recall.tokenizer.encode("v0 "))
+
+
+def test_chained_digits_lengthen_the_carry_chains():
+    longest = {
+        chained: Addition(digits=12, chained=chained).sample(seed=0, count=500).difficulty.max()
+        for chained in (0.0, 0.8)
+    }
+    assert longest[0.0] < longest[0.8] == 12
+
+
+def test_draws_cover_hops_and_values_evenly():
+    batch = PointerChase(values=8, queries=16, min_hops=2, max_hops=5).sample(seed=1, count=2000)
+    hops = np.bincount(batch.difficulty[batch.difficulty >= 0])
+    assert hops[:2].tolist() == [0, 0]
+    np.testing.assert_allclose(hops[2:], 8000, rtol=0.05)
+    values = np.bincount(batch.tokens[:, :8].ravel(), minlength=11)[3:]
+    np.testing.assert_allclose(values, 2000, rtol=0.1)
+
+
+def run(source, **options):
+    given_options = {"tokenizer": source.task.tokenizer, "batch_size": 6, "seed": 5}
+    return source.batches(**given_options | options)
+
+
+@pytest.mark.parametrize("task", [PointerChase(), Addition(), AssociativeRecall()])
+def test_global_batches_do_not_depend_on_the_number_of_processes(task):
+    source = TaskSource(task=task)
+    whole = list(itertools.islice(run(source), 4))
+    for count in (2, 3):
+        parts = [
+            list(itertools.islice(run(source, shard_index=i, shard_count=count), 4))
+            for i in range(count)
+        ]
+        for step, batch in enumerate(whole):
+            for name, values in batch.items():
+                joined = np.concatenate([part[step][name] for part in parts])
+                np.testing.assert_array_equal(values, joined)
+    numbers = np.concatenate([batch["documents"][:, 0] for batch in whole])
+    assert numbers.tolist() == list(range(24))
+    assert len({row.tobytes() for batch in whole for row in batch["tokens"]}) == 24
+
+
+def test_rows_do_not_depend_on_the_batch_size():
+    source = TaskSource(task=Addition())
+    rows = []
+    for size in (1, 7, 48, 100):
+        batches = itertools.islice(run(source, batch_size=size), 1 + 100 // size)
+        joined = [
+            np.concatenate(arrays)[:100]
+            for arrays in zip(*(b.values() for b in batches), strict=True)
+        ]
+        rows.append(joined)
+    for arrays in zip(*rows, strict=True):
+        for other in arrays[1:]:
+            np.testing.assert_array_equal(arrays[0], other)
+
+
+def test_splits_and_seeds_share_no_row():
+    rows = []
+    for split, seed in itertools.product(("train", "held_out"), (0, 1, 2)):
+        batches = run(TaskSource(task=AssociativeRecall(), split=split), seed=seed)
+        tokens = [batch["tokens"] for batch in itertools.islice(batches, 20)]
+        rows += [row.tobytes() for row in np.concatenate(tokens)]
+    assert len(set(rows)) == len(rows) == 720
+
+
+def test_restored_source_goes_on_exactly():
+    dataset = run(TaskSource(task=PointerChase()))
+    straight = iter(dataset)
+    for _ in range(5):
+        state = json.dumps(straight.get_state())
+        wanted = next(straight)
+        resumed = iter(dataset)
+        resumed.set_state(json.loads(state))
+        np.testing.assert_array_equal(next(resumed)["tokens"], wanted["tokens"])
+
+
+def test_user_errors():
+    with pytest.raises(UserError, match="use 0 <= min_hops <= max_hops"):
+        PointerChase(min_hops=3, max_hops=2)
+    with pytest.raises(UserError, match="use 0 < queries <= pairs <= keys"):
+        AssociativeRecall(pairs=9, keys=8)
+    with pytest.raises(UserError, match=r"Addition\.chained is 1\.5"):
+        Addition(chained=1.5)
+    with pytest.raises(UserError, match=r"TaskSource\.split is 'test'"):
+        TaskSource(task=Addition(), split="test")
+    with pytest.raises(UserError, match="is not the alphabet of PointerChase"):
+        run(TaskSource(task=PointerChase()), tokenizer=Addition().tokenizer)
+    with pytest.raises(UserError, match="begins with symbol"):
+        AlphabetTokenizer(symbols=("a", "ab"))
+    with pytest.raises(UserError, match="'3=4 ' is not made of the 12 task symbols"):
+        Addition().tokenizer.encode("3=4 ")
+    with pytest.raises(UserError, match="token id 15 is outside the vocabulary of 15"):
+        Addition().tokenizer.decode([15])
+
+
+def test_tasks_are_equal_by_their_fields():
+    assert TaskSource(task=Addition(digits=3)) == TaskSource(task=Addition(digits=3))
+    assert Addition(digits=3) != Addition(digits=4)
+    assert dataclasses.replace(Addition(), digits=3) == Addition(digits=3)

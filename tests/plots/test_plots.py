@@ -1,0 +1,164 @@
+"""What the figures draw, counted; and that each can be written as a picture."""
+
+import itertools
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.patches import Rectangle
+
+from tokenlab.plots import plot_curves, plot_study, plot_token_values
+
+
+def boxes(figure):
+    return [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+
+
+def lines_of(figure):
+    """The letters of each line of text, from the top, left to right."""
+    rows = {}
+    for text in figure.axes[0].texts:
+        x, y = text.get_position()
+        rows.setdefault(y, []).append((x, text.get_text()))
+    return ["".join(letter for _, letter in sorted(rows[y])) for y in sorted(rows, reverse=True)]
+
+
+def painted(figure, path):
+    """The pixels of a figure."""
+    figure.savefig(path)
+    return matplotlib.image.imread(path)[..., :3]
+
+
+def test_every_token_has_a_box_of_its_width_and_its_letters():
+    pieces = ["The ", "quick", " fox", "\n", "jumps"]
+    figure = plot_token_values(pieces, [0.0, 1.0, 2.0, 3.0, 4.0], label="loss, nats")
+    assert [box.get_width() for box in boxes(figure)] == [4, 5, 4, 1, 5]
+    assert [box.get_xy() for box in boxes(figure)] == [
+        (0, -0.5), (4, -0.5), (9, -0.5), (13, -0.5), (0, -1.5)
+    ]  # fmt: skip
+    assert lines_of(figure) == ["The quick fox⏎", "jumps"]
+    assert figure.axes[1].get_xlabel() == "loss, nats"
+
+
+def test_colours_follow_the_values():
+    figure = plot_token_values(
+        ["a", "b", "c", "d"], [0.0, 2.0, 1.0, 2.0], label="x", colours="Greys"
+    )
+    low, high, middle, again = (box.get_facecolor()[0] for box in boxes(figure))
+    assert low > middle > high == again  # grey darkens
+    letters = [text.get_color() for text in figure.axes[0].texts]
+    assert letters == ["black", "white", "black", "white"]  # readable on its ground
+
+
+def test_a_token_without_a_value_is_grey_and_does_not_spoil_the_scale():
+    figure = plot_token_values(["a", "b", "c"], [float("nan"), 1.0, 3.0], label="x")
+    red, green, blue, _ = boxes(figure)[0].get_facecolor()
+    assert red == green == blue
+    assert figure.axes[1].get_xlim() == (1.0, 3.0)
+
+
+def test_lines_break_before_tokens_and_inside_those_longer_than_a_line():
+    figure = plot_token_values(["aaa ", "bbbb", "c" * 14], [1, 2, 3], label="x", columns=6)
+    assert lines_of(figure) == ["aaa ", "bbbb", "cccccc", "cccccc", "cc"]
+    assert max(box.get_x() + box.get_width() for box in boxes(figure)) <= 6
+    colours = {box.get_facecolor() for box in boxes(figure)[2:]}
+    assert len(boxes(figure)) == 5 and len(colours) == 1  # all parts of one token look alike
+
+
+def test_marks_that_cannot_be_seen_are_shown_and_empty_tokens_are_not():
+    figure = plot_token_values(["a\tb", "", "\x00"], [1, 2, 3], label="x")
+    assert lines_of(figure) == ["a⇥b\ufffd"]
+    assert len(boxes(figure)) == 2
+
+
+@pytest.mark.parametrize(("pieces", "values"), [(["a"], [1, 2]), ([], []), ([""], [1])])
+def test_values_that_do_not_fit_the_text_are_refused(pieces, values):
+    with pytest.raises(ValueError, match="give one value per piece"):
+        plot_token_values(pieces, values, label="x")
+
+
+def test_nothing_of_a_text_is_cut_off(tmp_path):
+    picture = painted(plot_token_values(["word "] * 60, range(60), label="x"), tmp_path / "a.png")
+    for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+        assert (edge == 1.0).all()
+    assert (picture < 1.0).any(axis=-1).mean() > 0.3
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    steps = range(1, 21)
+    lines = [
+        {"step": s, "loss": 9.0, "terms/next_token": 5 / s, "grad_norm": s, "learning_rate": s / 20}
+        for s in steps
+    ]
+    evals = [
+        {"step": 10, "evals": {"held_out": {"bits_per_byte": 2.0, "tokens": 5}}},
+        {"step": 20, "evals": {"held_out": {"bits_per_byte": 1.5}, "probe": {"accuracy": 0.5}}},
+    ]
+    for name, entries in (("metrics", lines), ("evals", evals)):
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    return tmp_path
+
+
+def test_curves_hold_the_numbers_of_the_run(run_folder):
+    figure = plot_curves(run_folder)
+    loss, norm, rate = figure.axes
+    training, held_out = loss.lines  # the probe has no bits per byte
+    np.testing.assert_array_equal(training.get_xdata(), range(1, 21))
+    np.testing.assert_allclose(training.get_ydata(), [5 / s for s in range(1, 21)])
+    assert held_out.get_xydata().tolist() == [[10, 2.0], [20, 1.5]]
+    shown = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert shown == ["training, nats per token", "held_out, bits per byte"]
+    np.testing.assert_array_equal(norm.lines[0].get_ydata(), range(1, 21))
+    np.testing.assert_allclose(rate.lines[0].get_ydata(), np.arange(1, 21) / 20)
+    assert [axis.get_xlabel() for axis in figure.axes] == ["step"] * 3
+    painted(figure, run_folder / "curves.png")
+    labels = [label.get_text() for label in norm.get_yticklabels()]
+    assert {"1", "2", "5", "10"} <= set(labels)
+
+
+def test_curves_of_a_run_with_another_objective_and_no_evaluation(run_folder):
+    (run_folder / "evals.jsonl").unlink()
+    line = {"step": 1, "loss": 9.0, "grad_norm": 1.0, "learning_rate": 0.1}
+    (run_folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    loss, *_ = plot_curves(run_folder).axes
+    assert [line.get_ydata().tolist() for line in loss.lines] == [[9.0]]
+
+
+def record(**rest):
+    claim = {"claim": "new: lower held_out/bits_per_byte than old by 0", "holds": True}
+    return {
+        "question": "Is the new way better than the old one?",
+        "matched": "flops",
+        "figures": {
+            "held_out/bits_per_byte": {"new": [1.0, 2.0, 3.0], "old": [4.0, 4.0, 5.5]},
+            "held_out/bits": {"new": [1.0], "old": [1.0]},
+            "held_out/bytes": {"new": [1.0], "old": [1.0]},
+        },
+        "claims": [claim | {"metric": "held_out/bits_per_byte"}],
+    } | rest
+
+
+def test_a_study_shows_each_seed_and_the_mean_of_what_is_claimed():
+    figure = plot_study(record())
+    (axis,) = figure.axes  # nothing that is not claimed, however alike its name
+    assert axis.get_title() == "held_out/bits_per_byte"
+    assert [list(line.get_ydata()) for line in axis.lines] == [[1.0, 2.0, 3.0], [4.0, 4.0, 5.5]]
+    means = [bar.get_segments()[0] for bar in axis.collections]
+    assert [segment[0, 1] for segment in means] == [2.0, 4.5]
+    assert [segment[:, 0].mean() for segment in means] == [0, 1]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["new", "old"]
+    assert "equal flops" in figure.get_suptitle()
+
+
+def test_long_names_of_arms_do_not_run_into_each_other():
+    names = ["mixture of recursions", "a plain Transformer", "one shared block"]
+    figures = {"e/m": {name: [1.0, 2.0] for name in names}}
+    claims = [{"metric": "e/m", "claim": "", "holds": True}]
+    figure = plot_study(record(figures=figures, claims=claims * 2))
+    (axis,) = figure.axes  # claimed twice, drawn once
+    figure.draw_without_rendering()
+    spans = [label.get_window_extent() for label in axis.get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(spans))

@@ -1,0 +1,128 @@
+"""A whole study of a tiny experiment: run, judged, written, and resumed."""
+
+import dataclasses
+import io
+import json
+
+import matplotlib.image
+import pytest
+from rich.console import Console
+
+from tokenlab import config
+from tokenlab.core.errors import UserError
+from tokenlab.data import PaddedText
+from tokenlab.study import Claim, Study, interval, run_study
+from tokenlab.study.study import tables
+
+
+@pytest.fixture
+def make(tiny):
+    """Packed against padded rows, two seeds, two steps: one compiled step serves both arms."""
+    packed = config.replace(
+        tiny,
+        {
+            "steps": 2,
+            "model.num_layers": 1,
+            "evals.held_out.max_documents": 2,
+            "checkpoint.best_metric": None,
+            "objective.terms": {"next_token": tiny.objective.terms["next_token"]},
+        },
+    )
+    padded = config.replace(packed, {"data": PaddedText(corpus=tiny.data.corpus, length=32)})
+    usual = Study(
+        name="rows",
+        question="Do packed rows learn faster?",
+        arms={"packed": packed, "padded": padded},
+        matched="slots",
+        claims=(
+            Claim(arm="packed", than="padded", metric="held_out/perplexity"),
+            Claim(arm="packed", than="padded", metric="held_out/bytes", better="higher"),
+        ),
+        seeds=(0, 1),
+    )
+    return lambda **changes: dataclasses.replace(usual, **changes)
+
+
+def run(study, folder):
+    output = io.StringIO()
+    result = run_study(study, folder, console=Console(file=output, width=200))
+    return result, output.getvalue()
+
+
+def test_a_study_runs_is_recorded_and_resumes_without_training(make, tmp_path):
+    study, folder = make(), tmp_path / "study"
+    result, output = run(study, folder)
+    assert [line for line in output.splitlines() if line.startswith("rows: ")] == [
+        f"rows: {arm}, seed {seed}" for arm in ("packed", "padded") for seed in (0, 1)
+    ]
+    # Figures are those that each run wrote by itself.
+    for metric, arms in result.figures.items():
+        evaluation, _, figure = metric.partition("/")
+        for arm, values in arms.items():
+            for seed, value in zip(study.seeds, values, strict=True):
+                lines = (folder / f"{arm}-{seed}" / "evals.jsonl").read_text().splitlines()
+                assert json.loads(lines[-1])["evals"][evaluation][figure] == value
+    perplexity = result.figures["held_out/perplexity"]
+    assert len({*perplexity["packed"], *perplexity["padded"]}) == 4  # arms and seeds differ
+    assert result.ledger["packed"]["slots"] == result.ledger["padded"]["slots"] == 2 * 8 * 32
+    assert result.ledger["packed"]["tokens"] > 1.01 * result.ledger["padded"]["tokens"]
+
+    same_bytes = result.verdicts[1]
+    assert (same_bytes.measured, same_bytes.holds) == (0.0, False)
+    assert not result.holds
+    record = json.loads((folder / "results.json").read_text())
+    assert record == json.loads(json.dumps(result.record()))
+    assert [entry["metric"] for entry in record["claims"]] == [c.metric for c in study.claims]
+    assert record["arms"] == {n: config.fingerprint(arm) for n, arm in study.arms.items()}
+    assert matplotlib.image.imread(folder / "results.png").size
+
+    arms, verdicts = tables(result)
+    mean, low, _ = interval(perplexity["padded"])
+    assert list(arms.columns[2].cells)[1] == f"{mean:.4f} ± {mean - low:.4f}"
+    assert list(verdicts.columns[3].cells) == ["yes" if v.holds else "NO" for v in result.verdicts]
+
+    logs = [folder / f"{arm}-{seed}" / "metrics.jsonl" for arm in study.arms for seed in (0, 1)]
+    written = [path.read_text() for path in logs]
+    again, output = run(study, folder)
+    assert output.count("resuming") == 4
+    assert again == result
+    assert [path.read_text() for path in logs] == written  # timings too: no step was run again
+
+    # Padding reads fewer tokens. What ran stays, and nothing is judged.
+    (folder / "results.json").unlink()
+    with pytest.raises(UserError, match=r"arms are not matched in tokens: packed .*, padded"):
+        run(make(matched="tokens", seeds=(0,)), folder)
+    wrong = Claim(arm="packed", than="padded", metric="held_out/bits_per_bite")
+    with pytest.raises(UserError, match="measures no 'held_out/bits_per_bite'; it has held_out/"):
+        run(make(claims=(wrong,), seeds=(0,)), folder)
+    assert not (folder / "results.json").exists()
+
+
+CLAIM = Claim(arm="packed", than="padded", metric="held_out/perplexity")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"matched": "flop"}, "has no ledger column 'flop'; it has passes, tokens"),
+        (
+            {"claims": (dataclasses.replace(CLAIM, arm="pack"),)},
+            "has no arm 'pack'; it has packed, padded",
+        ),
+        (
+            {"claims": (dataclasses.replace(CLAIM, than="pad"),)},
+            "has no arm 'pad'; it has packed, padded",
+        ),
+        (
+            {"claims": (dataclasses.replace(CLAIM, metric="heldout/perplexity"),)},
+            "has no evaluation 'heldout'; it has held_out",
+        ),
+        ({"claims": ()}, "claims nothing"),
+    ],
+)
+def test_a_study_that_cannot_be_judged_is_refused_before_it_trains(
+    make, tmp_path, changes, message
+):
+    with pytest.raises(UserError, match=message):
+        run(make(**changes), tmp_path / "study")
+    assert not (tmp_path / "study").exists()

@@ -1,0 +1,121 @@
+"""Accumulation, devices and recompilation: the step is the same function however it is cut."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tokenlab import config
+from tokenlab.train.run import Run
+
+
+def steps(experiment, count):
+    run = Run.of(experiment)
+    state, data = run.trainer.init(), run.batches()
+    losses = []
+    for _ in range(count):
+        batch = {name: rows for name, rows in next(data).items() if name != "documents"}
+        state, metrics = run.trainer.step(state, run.trainer.put(batch))
+        losses.append(float(metrics.loss))
+    return run, state, losses, metrics
+
+
+@pytest.mark.smoke
+def test_accumulated_micro_batches_equal_the_full_batch(tiny):
+    # Padding makes the micro-batches weigh differently, which is where mean-of-means goes wrong.
+    padded = config.replace(tiny, {"data": padded_source(tiny)})
+    _, whole, losses, metrics = steps(padded, 20)
+    _, parts, losses_of_parts, metrics_of_parts = steps(
+        config.replace(padded, {"accumulation": 4}), 20
+    )
+    np.testing.assert_allclose(losses, losses_of_parts, rtol=2e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5),
+        whole.params,
+        parts.params,
+    )
+    # The two count every forward pass alike, but for the number of passes.
+    one, four = metrics.ledger, metrics_of_parts.ledger
+    assert float(four.passes) == 4 and float(one.passes) == 1
+    np.testing.assert_allclose(four.flops, one.flops, rtol=1e-6)
+    np.testing.assert_allclose(four.tokens, one.tokens)
+    weights = [float(rows.weight) for rows in metrics.sums.values()]
+    assert weights == [float(rows.weight) for rows in metrics_of_parts.sums.values()]
+
+
+def padded_source(experiment):
+    from tokenlab.data.packing import PaddedText
+
+    return PaddedText(corpus=experiment.data.corpus, length=32)
+
+
+@pytest.mark.smoke
+def test_the_second_step_compiles_nothing(tiny):
+    run, *_ = steps(tiny, 3)
+    assert run.trainer.step.cache_size() == 1
+
+
+def test_losses_fall_and_averaged_parameters_follow(tiny):
+    _, state, losses, _ = steps(config.replace(tiny, {"ema_decay": 0.5, "steps": 60}), 60)
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
+    distance = [
+        float(sum(np.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y))))
+        for x, y in ((state.params, state.ema), (state.params, jax.tree.map(np.zeros_like, state.params)))
+    ]
+    assert 0 < distance[0] < 1e-2 * distance[1]
+    assert state.best_params is state.ema
+
+
+DEVICES = """
+import json, sys
+import jax, numpy as np
+sys.path.insert(0, {checkout!r})
+from tokenlab import config
+from tokenlab.files import load_module
+from tests.train.test_step import steps
+import pathlib
+tiny = config.replace(load_module(pathlib.Path({checkout!r}) / "tests/tiny.py").config(), {overrides!r})
+run, state, losses, _ = steps(tiny, 20)
+kernel = state.params["block_0"]["feedforward"]["gate"]["kernel"]
+print(json.dumps({{
+    "devices": jax.device_count(),
+    "shards": len({{str(s.index) for s in kernel.addressable_shards}}),
+    "losses": losses,
+    "params": [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.params)],
+}}))
+"""
+
+
+def test_one_device_and_eight_agree(corpus_folder, request):
+    """Data 4 x fsdp 2, in a process of its own, since devices are fixed when JAX starts."""
+    checkout = str(request.config.rootpath)
+    pattern = str(corpus_folder / "corpus/*.txt")
+    results = []
+    for devices, mesh in ((1, {}), (8, {"mesh": "MeshShape(data=4, fsdp=2)"})):
+        overrides = {"data.corpus.pattern": pattern} | mesh
+        script = DEVICES.format(checkout=checkout, overrides=overrides)
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment(devices),
+            capture_output=True,
+            text=True,
+            cwd=checkout,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    one, eight = results
+    assert (one["devices"], eight["devices"]) == (1, 8)
+    assert (one["shards"], eight["shards"]) == (1, 2)
+    np.testing.assert_allclose(one["losses"], eight["losses"], rtol=1e-4)
+    for a, b in zip(one["params"], eight["params"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-4)
+
+
+def environment(devices):
+    import os
+
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

@@ -1,0 +1,5 @@
+"""``python -m tokenlab``."""
+
+from tokenlab.cli import main
+
+main()

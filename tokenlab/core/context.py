@@ -1,0 +1,94 @@
+"""Everything an objective may ask about one batch, computed once and only if asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+from jaxtyping import PyTree
+
+from kernels_pallas.linear_cross_entropy import TargetLogits, linear_cross_entropy
+from tokenlab.core.arrays import Array, PRNGKeyArray, Values
+from tokenlab.core.rng import stream
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class View:
+    """A model with one set of its parameters: the policy, a reference, a teacher.
+
+    Attributes:
+        model: the module.
+        params: its parameters.
+    """
+
+    model: nn.Module
+    params: PyTree
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """``model.apply`` with these parameters; ``method`` names another method than the call."""
+        return self.model.apply({"params": self.params}, *args, **options)
+
+
+class Context:
+    """A batch seen through named views.
+
+    Forward passes are memoised, so terms that ask for the same quantity share one pass, and a
+    quantity nobody asks for is never computed.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: Mapping[str, Array],
+        views: Mapping[str, View],
+        key: PRNGKeyArray | None = None,
+        train: bool = False,
+    ) -> None:
+        """Binds the batch.
+
+        Args:
+            batch: arrays by name, as ``tokenlab.data.base`` lists them.
+            views: models by name; losses read ``"policy"`` unless told otherwise.
+            key: randomness of this batch, required where ``train`` is true.
+            train: whether dropout is on.
+        """
+        self.batch = batch
+        self.train = train
+        self._views = views
+        self._key = key
+        self._outputs: dict[str, Any] = {}
+        self._logits: dict[str, TargetLogits] = {}
+
+    def output(self, view: str = "policy") -> Any:
+        """The forward pass of ``view`` (``models.ModelOutput``)."""
+        if view not in self._outputs:
+            batch = self.batch
+            rngs = {} if self._key is None else {"dropout": stream(self._key, "dropout")}
+            self._outputs[view] = self._views[view](
+                batch["tokens"],
+                positions=batch["positions"],
+                segments=batch["segments"],
+                train=self.train,
+                rngs=rngs,
+            )
+        return self._outputs[view]
+
+    def target_logits(self, view: str = "policy") -> TargetLogits:
+        """Target logit, log-sum-exp and mean logit per token, without logits in memory."""
+        if view not in self._logits:
+            weight = self._views[view](method="head_weight")
+            hidden = self.output(view).hidden
+            self._logits[view] = linear_cross_entropy(
+                hidden=hidden,
+                weight=weight.astype(hidden.dtype),
+                targets=self.batch["targets"],
+                softcap=self._views[view].model.head.softcap,
+            )
+        return self._logits[view]
+
+    def token_logp(self, view: str = "policy") -> Values:
+        """Log-probability of each target under ``view``, in nats."""
+        logits = self.target_logits(view)
+        return logits.target - logits.log_sum_exp

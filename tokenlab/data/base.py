@@ -1,0 +1,88 @@
+"""The two data families: where documents come from, and how they become batches."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from tokenlab.tokenizers.base import Tokenizer
+
+# Arrays of one batch by name. Every source gives, for rows of T positions:
+#   tokens    int32   [B, T]  inputs
+#   targets   int32   [B, T]  targets[t] is predicted at position t: shifted here, once
+#   segments  int32   [B, T]  1, 2, ... per document in a row, 0 for padding
+#   positions int32   [B, T]  restart at 0 in each segment
+#   weights   float32 [B, T]  0 where the target does not count, padding included
+#   documents int32   [B, T]  number of the source document, for error reports; -1 for padding
+Batch = dict[str, np.ndarray]
+
+
+class Document(NamedTuple):
+    """One text and where it came from.
+
+    Attributes:
+        text: UTF-8 bytes, or any bytes.
+        name: stable name for reports, such as a file name or a record key.
+    """
+
+    text: bytes
+    name: str
+
+
+class Corpus(abc.ABC):
+    """Documents by index, split into training and held-out parts by a hash of their content."""
+
+    @abc.abstractmethod
+    def documents(self, split: str) -> Sequence[Document]:
+        """Random access to the documents of ``split``: ``"train"`` or ``"held_out"``."""
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest of the content; names cached tokenizers."""
+
+
+class Source(abc.ABC):
+    """Turns a corpus, a task or the current model into batches."""
+
+    @abc.abstractmethod
+    def batches(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        seed: int,
+        shard_index: int = 0,
+        shard_count: int = 1,
+    ) -> grain.IterDataset[Batch]:
+        """An endless, deterministic data set of this process's rows of each batch.
+
+        Args:
+            tokenizer: encodes the documents.
+            batch_size: rows of the global batch, divisible by ``shard_count``.
+            seed: order of the documents; each epoch has its own order.
+            shard_index: this process.
+            shard_count: number of processes; shards never overlap within an epoch.
+        """
+
+    @property
+    @abc.abstractmethod
+    def tokens_per_row(self) -> int:
+        """Positions of a row (T), padding included."""
+
+    @property
+    @abc.abstractmethod
+    def corpora(self) -> tuple[Corpus, ...]:
+        """The corpora it reads; a tokenizer is fitted on their training documents."""
+
+    @abc.abstractmethod
+    def tokens_per_epoch(self, *, tokenizer: Tokenizer) -> int:
+        """Positions of one pass over the documents, padding included.
+
+        Raises:
+            UserError: there is no such thing, as for endless tasks.
+        """

@@ -1,0 +1,19 @@
+"""Synthetic tasks: small alphabets, exact answers, a known difficulty for every answer token."""
+
+from tokenlab.data.tasks.addition import Addition
+from tokenlab.data.tasks.alphabet import AlphabetTokenizer
+from tokenlab.data.tasks.associative_recall import AssociativeRecall
+from tokenlab.data.tasks.base import Problem, Task, TaskBatch
+from tokenlab.data.tasks.pointer_chase import PointerChase
+from tokenlab.data.tasks.source import TaskSource
+
+__all__ = [
+    "Addition",
+    "AlphabetTokenizer",
+    "AssociativeRecall",
+    "PointerChase",
+    "Problem",
+    "Task",
+    "TaskBatch",
+    "TaskSource",
+]

@@ -1,0 +1,78 @@
+"""Every token through every layer: the plain Transformer stack."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import PyTree
+
+from tokenlab.cache import CachePolicy
+from tokenlab.core.arrays import Hidden, Positions, Segments
+from tokenlab.depth.base import DepthProgram, DepthTrace
+
+Remat = Literal["none", "dots", "full"]
+_POLICIES = {"dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, "full": None}
+
+
+class Sequential(DepthProgram):
+    """Applies ``num_layers`` blocks in turn, each with parameters of its own.
+
+    Attributes:
+        scan: run the layers as one compiled loop over stacked parameters: compile time does not
+            grow with depth. Unrolled layers run faster on a CPU, and decoding needs them.
+        remat: what the backward pass recomputes: nothing, all but matrix products, or everything.
+    """
+
+    scan: bool = False
+    remat: Remat = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Hidden,
+        block: nn.Module,
+        *,
+        num_layers: int,
+        positions: Positions,
+        segments: Segments,
+        policy: CachePolicy | None = None,
+        cache: PyTree = None,
+        train: bool = False,
+    ) -> tuple[Hidden, DepthTrace, PyTree]:
+        """Runs all layers on all tokens."""
+        if self.scan and policy is not None:
+            raise ValueError("a cache needs unrolled layers; decode with models.unrolled(...)")
+
+        def body(layer: nn.Module, x: Hidden, state: PyTree) -> tuple[Hidden, PyTree]:
+            return layer(
+                x, positions=positions, segments=segments, policy=policy, cache=state, train=train
+            )
+
+        if self.remat != "none":
+            body = nn.remat(body, policy=_POLICIES[self.remat], prevent_cse=not self.scan)
+        if self.scan:
+            run = nn.scan(
+                body,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, _ = run(block, x, None)
+            states = None
+        else:
+            states = []
+            for i in range(num_layers):
+                layer = block.copy(parent=block.parent, name=f"block_{i}")
+                x, state = body(layer, x, None if cache is None else cache[i])
+                states.append(state)
+            states = None if cache is None else tuple(states)
+        valid = segments > 0
+        trace = DepthTrace(
+            depth=jnp.where(valid, num_layers, 0),
+            active=jnp.broadcast_to(valid[None], (num_layers, *valid.shape)),
+        )
+        return x, trace, states

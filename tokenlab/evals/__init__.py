@@ -1,0 +1,15 @@
+"""Numbers about a model that a sceptic would accept."""
+
+from tokenlab.evals.base import Evaluation
+from tokenlab.evals.references import ByteNgram, Compressor, witten_bell
+from tokenlab.evals.text import HeldOutText, row_logp, windows
+
+__all__ = [
+    "ByteNgram",
+    "Compressor",
+    "Evaluation",
+    "HeldOutText",
+    "row_logp",
+    "windows",
+    "witten_bell",
+]

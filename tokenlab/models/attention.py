@@ -1,0 +1,165 @@
+"""Token mixers: the layers through which tokens read each other."""
+
+from __future__ import annotations
+
+import abc
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import PyTree
+
+from kernels_pallas.block_sparse_attention import Causal, MaskRule, block_sparse_attention
+from tokenlab.cache import CachePolicy
+from tokenlab.core.arrays import Array, Bool, Float, Hidden, Positions, Scalar, Segments
+from tokenlab.models.layers import Linear, RMSNorm, rotate
+
+
+class Mixer(nn.Module, abc.ABC):
+    """The mixer family: reads other tokens of the same segment."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Hidden,
+        *,
+        positions: Positions,
+        segments: Segments,
+        policy: CachePolicy | None = None,
+        cache: PyTree = None,
+    ) -> tuple[Hidden, PyTree]:
+        """The mixed tokens and the cache with theirs appended."""
+
+    @abc.abstractmethod
+    def flops(self, dim: int) -> int:
+        """Floating-point operations of the projections, per token of a width-D stream."""
+
+    @abc.abstractmethod
+    def flops_per_pair(self, dim: int) -> int:
+        """Floating-point operations per admitted query-key pair, all heads together."""
+
+    @abc.abstractmethod
+    def pairs(
+        self, *, active: Bool[Array, "R B T"], positions: Positions, segments: Segments
+    ) -> Scalar:
+        """Admitted query-key pairs over all R applications, float32."""
+
+
+class Attention(Mixer):
+    """Grouped-query softmax attention with rotary positions.
+
+    Reference: Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from
+    Multi-Head Checkpoints", 2023, arXiv:2305.13245.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key and value heads; divides num_heads.
+        head_dim: width of a head; None is model width / num_heads.
+        rope_base: base of the rotary wavelengths.
+        qk_norm: norm of queries and keys before rotation, or None.
+        softcap: bound c of scores by ``c * tanh(score / c)``, or None.
+        rule: which keys a query may see.
+        impl: attention implementation; None takes the best for the platform.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int | None = None
+    rope_base: float = 10_000.0
+    qk_norm: RMSNorm | None = None
+    softcap: float | None = None
+    rule: MaskRule = Causal()
+    impl: Literal["ref", "xla"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        super().__post_init__()
+
+    def width(self, dim: int) -> int:
+        """Width of a head in a model of width ``dim``."""
+        if self.head_dim is None and dim % self.num_heads:
+            raise ValueError(f"width {dim} is not a multiple of num_heads {self.num_heads}")
+        return self.head_dim or dim // self.num_heads
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Hidden,
+        *,
+        positions: Positions,
+        segments: Segments,
+        policy: CachePolicy | None = None,
+        cache: PyTree = None,
+    ) -> tuple[Hidden, PyTree]:
+        """Attends within segments, over the cache where one is given.
+
+        Args:
+            x: normalised residual stream.
+            positions: position of each token in its document.
+            segments: 0 for padding.
+            policy: the cache policy, where ``cache`` is given.
+            cache: this layer's cache state; then rows hold one segment each.
+        """
+        width = self.width(x.shape[-1])
+        q = self._heads(x, self.num_heads, width, "q", positions)
+        k = self._heads(x, self.num_kv_heads, width, "k", positions)
+        v = self._heads(x, self.num_kv_heads, width, "v", None)
+        kv_positions, kv_segments = positions, segments
+        q_segments = segments
+        if policy is not None:
+            cache = policy.append(cache, k=k, v=v, positions=positions, segments=segments)
+            k, v, kv_positions, kv_segments = policy.view(cache, q=q)
+            q_segments = (segments > 0).astype(jnp.int32)
+        out = block_sparse_attention(
+            q=q,
+            k=k,
+            v=v,
+            q_positions=positions,
+            kv_positions=kv_positions,
+            q_segments=q_segments,
+            kv_segments=kv_segments,
+            rule=self.rule,
+            scale=width**-0.5,
+            softcap=self.softcap,
+            # A cache holds its entries in any order, which only the plain form takes.
+            impl=self.impl if policy is None else "ref",
+        )
+        out = out.reshape(*x.shape[:2], self.num_heads * width)
+        return Linear(x.shape[-1], axes=("heads", "embed"), name="out")(out), cache
+
+    def flops(self, dim: int) -> int:
+        """Queries, keys, values and output."""
+        return 2 * 2 * dim * self.width(dim) * (self.num_heads + self.num_kv_heads)
+
+    def flops_per_pair(self, dim: int) -> int:
+        """One product for the score and one for the value, in every query head."""
+        return 2 * 2 * self.num_heads * self.width(dim)
+
+    def pairs(
+        self, *, active: Bool[Array, "R B T"], positions: Positions, segments: Segments
+    ) -> Scalar:
+        """Counts what the mask rule admits among the tokens active in each application."""
+
+        def count(total: Scalar, active_BxT: Array) -> tuple[Scalar, None]:
+            seg = jnp.where(active_BxT, segments, 0)
+            admitted = self.rule(
+                positions[:, :, None], positions[:, None, :], seg[:, :, None], seg[:, None, :]
+            )
+            return total + jnp.sum(admitted, dtype=jnp.float32), None
+
+        return jax.lax.scan(count, jnp.float32(0), active)[0]
+
+    def _heads(
+        self, x: Hidden, count: int, width: int, name: str, positions: Positions | None
+    ) -> Float[Array, "B T H E"]:
+        flat = Linear(count * width, axes=("embed", "heads"), name=name)(x)
+        heads = flat.reshape(*x.shape[:2], count, width)
+        if positions is None:
+            return heads
+        if self.qk_norm is not None:
+            heads = self.qk_norm.copy(parent=self, name=f"{name}_norm")(heads)
+        return rotate(heads, positions=positions, base=self.rope_base)

@@ -1,0 +1,131 @@
+"""The small parts: projection, norm, rotary positions, feed-forward layers.
+
+Parameters are float32; every part computes in the dtype of its input.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tokenlab.core.arrays import Array, Float, Hidden, Int
+
+dense_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+) -> Array:
+    """A float32 parameter of ``module`` whose axes carry logical names."""
+    boxed = nn.with_logical_partitioning(init, axes)
+    return cast(Array, module.param(name, boxed, shape, jnp.float32))
+
+
+class Linear(nn.Module):
+    """``y = x @ kernel``, without bias.
+
+    Attributes:
+        features: output width.
+        axes: logical names of the kernel's two axes.
+    """
+
+    features: int
+    axes: tuple[str, str] = ("embed", "mlp")
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """Projects the last axis."""
+        shape = (x.shape[-1], self.features)
+        kernel = parameter(self, "kernel", dense_init, shape, self.axes)
+        # One matrix of all tokens: XLA:CPU runs [B, T, D] @ [D, F] far below [B*T, D] @ [D, F].
+        flat = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+        return flat.reshape(*x.shape[:-1], self.features)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: ``x / sqrt(mean(x^2) + epsilon) * scale``, in float32.
+
+    Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019,
+    arXiv:1910.07467.
+
+    Attributes:
+        epsilon: added to the mean square.
+    """
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        """Normalises the last axis."""
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), ("norm",))
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * inverse * scale).astype(x.dtype)
+
+
+def rotate(
+    x: Float[Array, "B T H E"], *, positions: Int[Array, "B T"], base: float
+) -> Float[Array, "B T H E"]:
+    """Rotary position embedding: turns pair ``(x_i, x_{i+E/2})`` by ``position * base^(-2i/E)``.
+
+    Args:
+        x: queries or keys; E is even.
+        positions: position of each token within its document.
+        base: wavelength base of the slowest pair.
+
+    Reference:
+        Su, Lu, Pan, Murtadha, Wen, Liu, "RoFormer: Enhanced Transformer with Rotary Position
+        Embedding", 2021, arXiv:2104.09864, equation 34 (halves layout).
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class FeedForward(nn.Module, abc.ABC):
+    """The feed-forward family: mixes the channels of each token by itself."""
+
+    @abc.abstractmethod
+    def __call__(self, x: Hidden) -> Hidden:
+        """The layer's contribution to the residual stream."""
+
+    @abc.abstractmethod
+    def flops(self, dim: int) -> int:
+        """Floating-point operations of the matrix products, per token of a width-D stream."""
+
+
+class SwiGLU(FeedForward):
+    """Gated feed-forward: ``(silu(x W_gate) * (x W_up)) W_down``.
+
+    Reference: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
+
+    Attributes:
+        hidden_dim: width of the gated layer.
+    """
+
+    hidden_dim: int
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        """Applies the gated layer to every token."""
+        gate = Linear(self.hidden_dim, name="gate")(x)
+        up = Linear(self.hidden_dim, name="up")(x)
+        hidden = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
+        return Linear(x.shape[-1], axes=("mlp", "embed"), name="down")(hidden)
+
+    def flops(self, dim: int) -> int:
+        """Three projections."""
+        return 2 * 3 * dim * self.hidden_dim

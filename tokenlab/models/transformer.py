@@ -1,0 +1,245 @@
+"""The decoder-only Transformer, assembled from swappable parts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import PyTree
+
+from tokenlab.cache import CachePolicy
+from tokenlab.core.arrays import Array, Float, Hidden, Logits, Positions, Segments, Tokens
+from tokenlab.core.ledger import Ledger
+from tokenlab.depth import DepthProgram, DepthTrace, Sequential
+from tokenlab.models.attention import Attention, Mixer
+from tokenlab.models.heads import Head, TiedHead
+from tokenlab.models.layers import FeedForward, RMSNorm, SwiGLU, parameter
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: ``x += mixer(norm(x)); x += feedforward(norm(x))``.
+
+    Attributes:
+        mixer: reads other tokens.
+        feedforward: mixes channels.
+        norm: the norm before each of them.
+        dropout: share of the residual updates dropped in training.
+    """
+
+    mixer: Mixer
+    feedforward: FeedForward
+    norm: RMSNorm = RMSNorm()
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Hidden,
+        *,
+        positions: Positions,
+        segments: Segments,
+        policy: CachePolicy | None = None,
+        cache: PyTree = None,
+        train: bool = False,
+    ) -> tuple[Hidden, PyTree]:
+        """One layer; returns the stream and the layer's new cache."""
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        normed = self.norm.copy(parent=self, name="mixer_norm")(x)
+        update, cache = self.mixer(
+            normed, positions=positions, segments=segments, policy=policy, cache=cache
+        )
+        x = x + drop(update)
+        normed = self.norm.copy(parent=self, name="feedforward_norm")(x)
+        x = x + drop(self.feedforward(normed))
+        return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), cache
+
+
+@flax.struct.dataclass
+class ModelOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        hidden: final normalised stream, ready for the head.
+        trace: what the depth program did.
+        cache: caches of all layers with the new tokens appended, or None.
+    """
+
+    hidden: Hidden
+    trace: DepthTrace
+    cache: PyTree = None
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model.
+
+    Attributes:
+        vocab_size: rows of the embedding; must equal the tokenizer's.
+        dim: model width D.
+        num_layers: nominal layers; the depth program decides what runs.
+        block: the layer.
+        depth: the program that runs the layers.
+        head: the vocabulary projection.
+        norm: the norm before the head.
+        dtype: dtype of activations; parameters stay float32.
+        embedding_scale: factor on input embeddings.
+        max_length: longest document position the model is meant for.
+    """
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    block: Block
+    depth: DepthProgram = Sequential()
+    head: Head = TiedHead()
+    norm: RMSNorm = RMSNorm()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    embedding_scale: float = 1.0
+    max_length: int = 2048
+
+    def setup(self) -> None:
+        """Creates the embedding, which both ends share."""
+        shape, axes = (self.vocab_size, self.dim), ("vocab", "embed")
+        self.embedding = parameter(self, "embedding", nn.initializers.normal(0.02), shape, axes)
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Tokens,
+        *,
+        positions: Positions,
+        segments: Segments,
+        policy: CachePolicy | None = None,
+        cache: PyTree = None,
+        train: bool = False,
+    ) -> ModelOutput:
+        """Runs the stack.
+
+        Args:
+            tokens: token ids.
+            positions: position of each token in its document.
+            segments: document of each token in its row, 0 for padding.
+            policy: cache policy; None in training.
+            cache: caches from ``init_cache`` or an earlier call.
+            train: whether dropout is on (stream ``dropout``).
+        """
+        if self.is_initializing():
+            self.head(self.embedding)
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        x = nn.with_logical_constraint(x * self.embedding_scale, ("batch", "length", "embed_act"))
+        x, trace, cache = self.depth(
+            x,
+            self.block,
+            num_layers=self.num_layers,
+            positions=positions,
+            segments=segments,
+            policy=policy,
+            cache=cache,
+            train=train,
+        )
+        return ModelOutput(hidden=self.norm(x), trace=trace, cache=cache)
+
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The vocabulary projection, float32."""
+        return self.head(self.embedding)
+
+    def logits(self, hidden: Hidden) -> Logits:
+        """Float32 logits of a few positions; training never calls this on whole batches."""
+        weight = self.head_weight().astype(hidden.dtype)
+        logits = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
+        cap = self.head.softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def ledger(self, trace: DepthTrace, *, positions: Positions, segments: Segments) -> Ledger:
+        """Costs of one forward pass and its vocabulary projection, without a cache.
+
+        Matrix products only: a block costs ``2 * parameters`` per token and ``4 * heads * width``
+        per admitted pair; the projection costs ``2 * vocabulary * width`` per token.
+        """
+        valid = jnp.sum(segments > 0).astype(jnp.float32)
+        runs = jnp.sum(trace.depth).astype(jnp.float32)
+        pairs = self.block.mixer.pairs(active=trace.active, positions=positions, segments=segments)
+        per_token = self.block.mixer.flops(self.dim) + self.block.feedforward.flops(self.dim)
+        flops = runs * per_token + pairs * self.block.mixer.flops_per_pair(self.dim)
+        return Ledger(
+            passes=jnp.float32(1),
+            tokens=valid,
+            slots=jnp.float32(segments.size),
+            block_tokens=runs,
+            attended_pairs=pairs,
+            flops=flops + valid * 2 * self.vocab_size * self.dim,
+        )
+
+    def init_cache(self, policy: CachePolicy, *, batch: int) -> PyTree:
+        """Empty caches of all layers.
+
+        Raises:
+            ValueError: the mixer is not attention, which is all that a key-value cache serves.
+        """
+        mixer = self.block.mixer
+        if not isinstance(mixer, Attention):
+            raise ValueError(f"{type(mixer).__name__} keeps no keys and values to cache")
+        one = policy.init(
+            batch=batch,
+            num_kv_heads=mixer.num_kv_heads,
+            head_dim=mixer.width(self.dim),
+            dtype=self.dtype,
+        )
+        return tuple(jax.tree.map(jnp.copy, one) for _ in range(self.num_layers))
+
+
+def unrolled(model: Transformer, params: PyTree) -> tuple[Transformer, PyTree]:
+    """The same function with one parameter tree per layer, as decoding needs it."""
+    depth = model.depth
+    if not (isinstance(depth, Sequential) and depth.scan):
+        return model, params
+    rest = {name: value for name, value in params.items() if name != "block"}
+    layers = {
+        f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["block"])
+        for i in range(model.num_layers)
+    }
+    return model.clone(depth=depth.clone(scan=False)), rest | layers
+
+
+def llama(
+    *,
+    vocab_size: int,
+    dim: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    hidden_dim: int,
+    **rest,
+) -> Transformer:
+    """A Transformer of Llama's shape: grouped-query attention, SwiGLU, tied embeddings."""
+    block = Block(
+        mixer=Attention(num_heads=num_heads, num_kv_heads=num_kv_heads),
+        feedforward=SwiGLU(hidden_dim=hidden_dim),
+    )
+    return Transformer(vocab_size=vocab_size, dim=dim, num_layers=num_layers, block=block, **rest)
+
+
+def transformer_1m(vocab_size: int = 4096, **rest) -> Transformer:
+    """About one million parameters beside the embedding."""
+    return llama(
+        vocab_size=vocab_size, dim=128, num_layers=5, num_heads=4, num_kv_heads=2,
+        hidden_dim=384, **rest,
+    )  # fmt: skip
+
+
+def transformer_15m(vocab_size: int = 8192, **rest) -> Transformer:
+    """About fifteen million parameters; the shape of ``benchmarks/train_step``."""
+    return llama(
+        vocab_size=vocab_size, dim=384, num_layers=6, num_heads=6, num_kv_heads=6,
+        hidden_dim=1024, **rest,
+    )  # fmt: skip
+
+
+def transformer_135m(vocab_size: int = 49_152, **rest) -> Transformer:
+    """SmolLM2-135M's geometry: 30 layers of width 576, 9 query and 3 key/value heads."""
+    return llama(
+        vocab_size=vocab_size, dim=576, num_layers=30, num_heads=9, num_kv_heads=3,
+        hidden_dim=1536, depth=Sequential(scan=True), max_length=8192, **rest,
+    )  # fmt: skip

@@ -1,0 +1,88 @@
+"""Text coloured by a number per token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import matplotlib
+import matplotlib.cm
+import matplotlib.patches
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+_MARKS = {"\n": "⏎", "\t": "⇥"}
+
+
+def plot_token_values(
+    pieces: Sequence[str],
+    values: Sequence[float],
+    *,
+    label: str,
+    columns: int = 90,
+    colours: str = "YlOrRd",
+) -> Figure:
+    """Draws a text whose tokens are shaded by a value: loss, depth, credit.
+
+    Args:
+        pieces: text of each token.
+        values: one number per token; NaN where there is none.
+        label: what the number is, with its unit.
+        columns: characters per line, at most.
+        colours: name of a Matplotlib colour map.
+
+    Raises:
+        ValueError: there is no piece, or not one value for each.
+    """
+    if len(pieces) != len(values) or not any(pieces):
+        raise ValueError(f"{len(pieces)} pieces and {len(values)} values; give one value per piece")
+    places = list(_layout(pieces, columns))
+    lines = places[-1].line + 1
+    width = max(place.column + len(place.text) for place in places)
+    size = (max(0.08 * width, 3.0) + 0.4, 0.24 * lines + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    scale = Normalize(float(np.nanmin(values)), float(np.nanmax(values)))
+    palette = matplotlib.colormaps[colours].with_extremes(bad="lightgrey")
+    for number, line, column, text in places:
+        colour = palette(scale(values[number]))
+        corner = (column, -line - 0.5)
+        axis.add_patch(matplotlib.patches.Rectangle(corner, len(text), 1, color=colour, lw=0))
+        dark = np.dot(colour[:3], [0.3, 0.6, 0.1]) < 0.5
+        for offset, letter in enumerate(text):
+            axis.text(
+                column + offset + 0.5, -line, letter, family="monospace", fontsize=8,
+                ha="center", va="center", color="white" if dark else "black",
+            )  # fmt: skip
+    axis.set_xlim(0, max(width, 3.0 / 0.08))
+    axis.set_ylim(0.5 - lines, 0.5)
+    axis.axis("off")
+    bar = matplotlib.cm.ScalarMappable(norm=scale, cmap=palette)
+    figure.colorbar(bar, ax=axis, label=label, location="bottom", fraction=0.06, aspect=60)
+    return figure
+
+
+class _Place(NamedTuple):
+    """Where a piece, or the part of it that fits on a line, is written."""
+
+    piece: int
+    line: int
+    column: int
+    text: str
+
+
+def _layout(pieces: Sequence[str], columns: int) -> Iterator[_Place]:
+    """Breaks lines after line ends and before pieces that do not fit."""
+    line = column = 0
+    for number, piece in enumerate(pieces):
+        for text in piece.splitlines(keepends=True):
+            shown = "".join(_MARKS.get(c, c if c.isprintable() else "\ufffd") for c in text)
+            if column and column + len(shown) > columns:
+                line, column = line + 1, 0
+            while shown:
+                yield _Place(number, line, column, shown[:columns])
+                column += len(shown[:columns])
+                shown = shown[columns:]
+                if shown or text.endswith("\n"):
+                    line, column = line + 1, 0

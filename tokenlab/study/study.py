@@ -1,0 +1,157 @@
+"""A study runs its arms at several seeds, at an equal ledger, and judges its claims."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tokenlab import config
+from tokenlab.core.errors import UserError
+from tokenlab.core.ledger import Ledger
+from tokenlab.experiment import Experiment
+from tokenlab.plots.study import plot_study
+from tokenlab.study.claims import Claim, Verdict, interval
+from tokenlab.train.folder import write_json
+from tokenlab.train.loop import train
+
+MATCH_TOLERANCE = 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """What to run, what to compare, and what is claimed of it.
+
+    Attributes:
+        name: names the folder.
+        question: one sentence that the study answers.
+        arms: experiments by name; they differ in what is studied.
+        matched: ledger column in which all arms are equal to one per cent.
+        claims: what should come out.
+        seeds: every arm runs with each of them.
+    """
+
+    name: str
+    question: str
+    arms: Mapping[str, Experiment]
+    matched: str
+    claims: tuple[Claim, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyResult:
+    """Everything a study measured.
+
+    Attributes:
+        study: the study.
+        figures: metric -> arm -> one figure per seed.
+        ledger: arm -> ledger columns of one run.
+        verdicts: one per claim.
+    """
+
+    study: Study
+    figures: Mapping[str, Mapping[str, list[float]]]
+    ledger: Mapping[str, Mapping[str, float]]
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every claim holds."""
+        return all(verdict.holds for verdict in self.verdicts)
+
+    def record(self) -> dict[str, Any]:
+        """The JSON that is kept as evidence."""
+        return {
+            "study": self.study.name,
+            "question": self.study.question,
+            "seeds": list(self.study.seeds),
+            "matched": self.study.matched,
+            "ledger": self.ledger,
+            "figures": self.figures,
+            "arms": {name: config.fingerprint(arm) for name, arm in self.study.arms.items()},
+            "claims": [
+                {"metric": claim.metric} | verdict._asdict()
+                for claim, verdict in zip(self.study.claims, self.verdicts, strict=True)
+            ],
+        }
+
+
+def run_study(study: Study, folder: pathlib.Path, *, console: Console) -> StudyResult:
+    """Runs every arm at every seed, resuming what an earlier call left, and judges.
+
+    Writes ``results.json`` and ``results.png`` into ``folder``.
+
+    Raises:
+        UserError: the study names what is not there, or its arms turn out not to be matched in
+            ``study.matched``.
+    """
+    _check_names(study)
+    figures: dict[str, dict[str, list[float]]] = {}
+    ledger: dict[str, Mapping[str, float]] = {}
+    for arm, experiment in study.arms.items():
+        for seed in study.seeds:
+            console.print(f"{study.name}: {arm}, seed {seed}")
+            seeded = config.replace(experiment, {"seed": seed})
+            outcome = train(seeded, folder / f"{arm}-{seed}", console=console)
+            if not outcome.finished:
+                raise KeyboardInterrupt
+            ledger[arm] = outcome.ledger
+            for evaluation, values in outcome.evals.items():
+                for figure, value in values.items():
+                    by_arm = figures.setdefault(f"{evaluation}/{figure}", {})
+                    by_arm.setdefault(arm, []).append(value)
+    _check_matched(study, ledger)
+    for claim in study.claims:
+        if claim.metric not in figures:
+            shown = ", ".join(figures)
+            raise UserError(f"study {study.name} measures no {claim.metric!r}; it has {shown}")
+    verdicts = tuple(claim.judge(figures[claim.metric]) for claim in study.claims)
+    result = StudyResult(study=study, figures=figures, ledger=ledger, verdicts=verdicts)
+    record = result.record()
+    write_json(folder / "results.json", record)
+    plot_study(record).savefig(folder / "results.png", dpi=150)
+    return result
+
+
+def _check_names(study: Study) -> None:
+    """Finds before any arm is trained what could not be judged after all of them are."""
+    columns = [field.name for field in dataclasses.fields(Ledger)]
+    wanted: list[tuple[str, str, Iterable[str]]] = [("ledger column", study.matched, columns)]
+    for claim in study.claims:
+        evaluation = claim.metric.partition("/")[0]
+        wanted += [("arm", arm, study.arms) for arm in (claim.arm, claim.than)]
+        wanted += [("evaluation", evaluation, arm.evals) for arm in study.arms.values()]
+    for kind, name, known in wanted:
+        if name not in known:
+            raise UserError(f"study {study.name} has no {kind} {name!r}; it has {', '.join(known)}")
+    if not study.claims:
+        raise UserError(f"study {study.name} claims nothing; add a Claim to its claims")
+
+
+def _check_matched(study: Study, ledger: Mapping[str, Mapping[str, float]]) -> None:
+    totals = {arm: columns[study.matched] for arm, columns in ledger.items()}
+    if max(totals.values()) > (1 + MATCH_TOLERANCE) * min(totals.values()):
+        shown = ", ".join(f"{arm} {total:.4g}" for arm, total in totals.items())
+        raise UserError(f"study {study.name}: arms are not matched in {study.matched}: {shown}")
+
+
+def tables(result: StudyResult) -> list[Table]:
+    """The claimed metrics by arm, and the verdicts."""
+    metrics = list(dict.fromkeys(claim.metric for claim in result.study.claims))
+    arms = Table("arm", result.study.matched, *metrics, title=result.study.question)
+    for arm, columns in result.ledger.items():
+        cells = []
+        for metric in metrics:
+            mean, low, _ = interval(result.figures[metric][arm])
+            cells.append(f"{mean:.4f} ± {mean - low:.4f}")
+        arms.add_row(arm, f"{columns[result.study.matched]:.4g}", *cells)
+    verdicts = Table("claim", "measured", "95 % interval", "holds")
+    for v in result.verdicts:
+        verdict = "yes" if v.holds else "NO"
+        verdicts.add_row(v.claim, f"{v.measured:.4f}", f"{v.low:.4f} to {v.high:.4f}", verdict)
+    return [arms, verdicts]

@@ -1,0 +1,157 @@
+"""Optimisers and schedules as parts; optax does the work."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import jax
+import optax
+from jaxtyping import PyTree
+
+from tokenlab.core.duration import Clock, Duration, Fraction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule(abc.ABC):
+    """The schedule family: a number as a function of the step.
+
+    Attributes:
+        peak: highest value.
+    """
+
+    peak: float
+
+    @abc.abstractmethod
+    def build(self, clock: Clock) -> optax.Schedule:
+        """The schedule in steps of this run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constant(Schedule):
+    """Linear warm-up, then the peak.
+
+    Attributes:
+        warmup: length of the rise from 0.
+    """
+
+    warmup: Duration = 0
+
+    def build(self, clock: Clock) -> optax.Schedule:
+        """The schedule in steps of this run."""
+        return optax.warmup_constant_schedule(0.0, self.peak, clock.steps(self.warmup))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cosine(Schedule):
+    """Linear warm-up, then half a cosine down to ``floor * peak`` at the last step.
+
+    Attributes:
+        warmup: length of the rise from 0.
+        floor: final value as a share of the peak.
+    """
+
+    warmup: Duration = Fraction(of_run=0.02)
+    floor: float = 0.1
+
+    def build(self, clock: Clock) -> optax.Schedule:
+        """The schedule in steps of this run."""
+        total, warmup = clock.steps(Fraction(of_run=1.0)), clock.steps(self.warmup)
+        return optax.warmup_cosine_decay_schedule(
+            0.0, self.peak, warmup, max(total, warmup + 1), self.floor * self.peak
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay(Schedule):
+    """Linear warm-up, a plateau at the peak, and a linear decay at the end.
+
+    Reference: Hu et al., "MiniCPM: Unveiling the Potential of Small Language Models with
+    Scalable Training Strategies", 2024, arXiv:2404.06395, section 4.
+
+    Attributes:
+        warmup: length of the rise from 0.
+        decay: length of the final decay.
+        floor: final value as a share of the peak.
+    """
+
+    warmup: Duration = Fraction(of_run=0.02)
+    decay: Duration = Fraction(of_run=0.2)
+    floor: float = 0.0
+
+    def build(self, clock: Clock) -> optax.Schedule:
+        """The schedule in steps of this run."""
+        total = clock.steps(Fraction(of_run=1.0))
+        warmup, decay = clock.steps(self.warmup), clock.steps(self.decay)
+        stable_end = max(warmup, total - decay)
+        return optax.join_schedules(
+            [
+                optax.warmup_constant_schedule(0.0, self.peak, warmup),
+                optax.linear_schedule(self.peak, self.floor * self.peak, max(1, decay)),
+            ],
+            [stable_end],
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer(abc.ABC):
+    """The optimiser family.
+
+    Attributes:
+        learning_rate: its schedule.
+    """
+
+    learning_rate: Schedule
+
+    @abc.abstractmethod
+    def build(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        """The optax transformation that follows ``schedule``."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay on matrices and clipping by global norm.
+
+    Reference: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017,
+    arXiv:1711.05101.
+
+    Attributes:
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        epsilon: added to the root of the second moment.
+        weight_decay: decay per unit of learning rate; norms and biases are spared.
+        clip_norm: bound on the gradient's global norm, or None.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+
+    def build(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        """The optax transformation that follows ``schedule``."""
+        clip = (
+            optax.identity()
+            if self.clip_norm is None
+            else optax.clip_by_global_norm(self.clip_norm)
+        )
+        adam = optax.adamw(
+            schedule,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.epsilon,
+            weight_decay=self.weight_decay,
+            mask=decayed,
+        )
+        return optax.chain(clip, adam)
+
+
+def decayed(params: PyTree) -> PyTree:
+    """Which parameters weight decay acts on: all but norm scales and biases."""
+    spared = {"scale", "bias"}
+
+    def is_decayed(path: tuple, leaf: object) -> bool:
+        return not any(str(getattr(p, "key", "")) in spared for p in path)
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)

@@ -1,0 +1,222 @@
+"""The state of a run and the one jitted step that advances it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jaxtyping import PyTree
+
+from tokenlab.core.arrays import Array, Int, PRNGKeyArray, Scalar
+from tokenlab.core.context import Context, View
+from tokenlab.core.ledger import Ledger
+from tokenlab.core.rng import stream
+from tokenlab.core.weighted import Weighted
+from tokenlab.objectives import Objective
+from tokenlab.train.mesh import RULES, batch_sharding, shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+        step: steps done.
+        params: float32 parameters.
+        opt_state: the optimiser's state.
+        ema: exponential moving average of the parameters, or None.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    ema: PyTree = None
+
+    @property
+    def best_params(self) -> PyTree:
+        """The averaged parameters where there are any; what evaluations and samples use."""
+        return self.params if self.ema is None else self.ema
+
+
+@flax.struct.dataclass
+class StepMetrics:
+    """What one step reports.
+
+    Attributes:
+        loss: the objective's value before the update.
+        sums: undivided total and weight of every term.
+        grad_norm: global norm of the gradient before clipping.
+        learning_rate: of this update.
+        ledger: forward passes of this step.
+    """
+
+    loss: Scalar
+    sums: dict[str, Weighted]
+    grad_norm: Scalar
+    learning_rate: Scalar
+    ledger: Ledger
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Builds the state and advances it; holds no array.
+
+    Attributes:
+        model: the policy.
+        objective: what is minimised.
+        optimizer: the optax transformation.
+        schedule: learning rate by step.
+        mesh: the devices.
+        seed: of all random streams.
+        accumulation: micro-batches per step; equal to the full batch in value.
+        ema_decay: decay of the parameter average, or None for none.
+    """
+
+    model: nn.Module
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    mesh: jax.sharding.Mesh
+    seed: int = 0
+    accumulation: int = 1
+    ema_decay: float | None = None
+
+    def _init_boxed(self) -> TrainState:
+        """The first state, its leaves still boxed with their logical axis names."""
+        tokens = jnp.zeros((1, 8), jnp.int32)
+        params = self.model.init(
+            stream(self.seed, "init"), tokens, positions=tokens, segments=tokens + 1
+        )["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            ema=None if self.ema_decay is None else jax.tree.map(jnp.copy, params),
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, without computing it."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
+            boxed = jax.eval_shape(self._init_boxed)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            nn.meta.unbox(boxed),
+            shardings(boxed, self.mesh),
+        )
+
+    def init(self) -> TrainState:
+        """The first state, created in place on its devices."""
+        out = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
+            return jax.jit(lambda: nn.meta.unbox(self._init_boxed()), out_shardings=out)()
+
+    def put(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """This process's rows as global device arrays."""
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(sharding, rows)
+            for name, rows in batch.items()
+        }
+
+    @functools.cached_property
+    def step(self) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, StepMetrics]]:
+        """The jitted step; the old state's buffers are given up to the new one."""
+        out = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        compiled = jax.jit(self._step, donate_argnums=0, out_shardings=(out, None))
+
+        def run(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, StepMetrics]:
+            with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
+                return compiled(state, batch)
+
+        run.cache_size = compiled._cache_size  # type: ignore[attr-defined]
+        return run
+
+    def _step(
+        self, state: TrainState, batch: Mapping[str, Array]
+    ) -> tuple[TrainState, StepMetrics]:
+        key = stream(self.seed, "step", state.step)
+        grads, sums, ledger = self._gradient(state.params, batch, key)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if self.ema_decay is not None:
+            ema = optax.incremental_update(params, ema, 1.0 - self.ema_decay)
+        metrics = StepMetrics(
+            loss=jnp.asarray(self.objective.value(sums)),
+            sums=sums,
+            grad_norm=optax.tree.norm(grads),
+            learning_rate=jnp.asarray(self.schedule(state.step), jnp.float32),
+            ledger=ledger,
+        )
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+    def _gradient(
+        self, params: PyTree, batch: Mapping[str, Array], key: PRNGKeyArray
+    ) -> tuple[PyTree, dict[str, Weighted], Ledger]:
+        """Gradient of the objective over the whole batch, micro-batch by micro-batch.
+
+        The denominators of all terms are summed over the batch first, so that the gradients of
+        micro-batches add up to the full batch's. Where weights do not depend on the model, the
+        compiler drops the forward passes of that first sweep.
+        """
+
+        def loss(params, weights, index, rows):
+            context = Context(
+                batch=rows,
+                views={"policy": View(model=self.model, params=params)},
+                key=stream(key, "micro_batch", index),
+                train=True,
+            )
+            sums = self.objective(context)
+            scaled = sums if weights is None else _with_weights(sums, weights)
+            return self.objective.value(scaled), (sums, self._ledger(context))
+
+        gradient = jax.grad(loss, has_aux=True)
+        if self.accumulation == 1:
+            grads, (sums, ledger) = gradient(params, None, 0, batch)
+            return grads, sums, ledger
+
+        micro = (jnp.arange(self.accumulation), jax.tree.map(self._split, dict(batch)))
+
+        def weigh(_, item):
+            _value, (sums, _ledger) = loss(params, None, *item)
+            return None, {name: part.weight for name, part in sums.items()}
+
+        weights = jax.tree.map(jnp.sum, jax.lax.scan(weigh, None, micro)[1])
+
+        def accumulate(carry, item):
+            return jax.tree.map(jnp.add, carry, gradient(params, weights, *item)), None
+
+        first = jax.tree.map(lambda x: x[0], micro)
+        shapes = jax.eval_shape(gradient, params, weights, *first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (grads, (sums, ledger)), _ = jax.lax.scan(accumulate, zeros, micro)
+        return grads, sums, ledger
+
+    def _split(self, rows: Array) -> Array:
+        """Micro-batches along a new first axis; each takes rows from every device."""
+        if rows.shape[0] % self.accumulation:
+            raise ValueError(
+                f"batch of {rows.shape[0]} rows does not split into {self.accumulation} parts"
+            )
+        split = rows.reshape(-1, self.accumulation, *rows.shape[1:])
+        return jnp.moveaxis(split, 1, 0)
+
+    def _ledger(self, context: Context) -> Ledger:
+        batch = context.batch
+        return self.model.ledger(
+            context.output().trace, positions=batch["positions"], segments=batch["segments"]
+        )
+
+
+def _with_weights(
+    sums: Mapping[str, Weighted], weights: Mapping[str, Scalar]
+) -> dict[str, Weighted]:
+    return {name: Weighted(total=s.total, weight=weights[name]) for name, s in sums.items()}
