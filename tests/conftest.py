@@ -37,7 +37,23 @@ def _no_network(monkeypatch):
 def corpus_folder(tmp_path):
     """A working folder with sixty short text files under ``corpus/``."""
     rng = random.Random(0)
-    words = "the quick brown fox jumps over a lazy dog while nobody in town looks on".split()
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "while",
+        "nobody",
+        "in",
+        "town",
+        "looks",
+        "on",
+    ]
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(60):

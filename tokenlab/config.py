@@ -288,8 +288,7 @@ def dump(value: Any) -> Any:
     """A JSON tree of a part; ``load(dump(part)) == part``."""
     if is_part(value):
         cls = type(value)
-        tag = {"__type__": f"{cls.__module__}:{cls.__qualname__}"}
-        return tag | {name: dump(getattr(value, name)) for name in fields(value)}
+        return {"__type__": tag(cls)} | {name: dump(getattr(value, name)) for name in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): dump(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -302,7 +301,7 @@ def dump(value: Any) -> Any:
 def load(tree: Any) -> Any:
     """The part that ``dump`` wrote; classes come from tokenlab or from modules already loaded."""
     if isinstance(tree, dict) and "__type__" in tree:
-        cls = _load_class(tree["__type__"])
+        cls = class_of(tree["__type__"])
         known = fields(cls)
         values = {key: load(item) for key, item in tree.items() if key != "__type__"}
         for name in values:
@@ -316,7 +315,17 @@ def load(tree: Any) -> Any:
     return tree
 
 
-def _load_class(tag: str) -> type:
+def tag(cls: type) -> str:
+    """``module:Class``, by which a dumped part names its class."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def class_of(tag: str) -> type:
+    """The class that ``tag`` names.
+
+    Raises:
+        UserError: it is not a dataclass of tokenlab or of a module already loaded.
+    """
     module_name, _, qualname = tag.partition(":")
     if module_name.partition(".")[0] in ("tokenlab", "kernels_pallas"):
         importlib.import_module(module_name)

@@ -20,16 +20,16 @@ from tokenlab.tokenizers import SentencePieceTrainer
 from tokenlab.train.checkpoint import Checkpointing
 from tokenlab.train.optimizer import AdamW, WarmupStableDecay
 
+CORPUS = TfdsCorpus(name="math_word_problems", text="question")
 LENGTH = 256
 
 
 def config() -> Experiment:
     """The packed arm."""
-    corpus = TfdsCorpus(name="math_word_problems", text="question")
     return Experiment(
         name="packing",
         tokenizer=SentencePieceTrainer(vocab_size=1024),
-        data=PackedText(corpus=corpus, length=LENGTH),
+        data=PackedText(corpus=CORPUS, length=LENGTH),
         batch_size=8,
         model=llama(
             vocab_size=1024, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=192
@@ -38,14 +38,13 @@ def config() -> Experiment:
         optimizer=AdamW(learning_rate=WarmupStableDecay(peak=3e-3)),
         steps=120,
         checkpoint=Checkpointing(every=60),
-        evals={"held_out": HeldOutText(corpus=corpus, length=LENGTH, stride=LENGTH // 2)},
+        evals={"held_out": HeldOutText(corpus=CORPUS, length=LENGTH, stride=LENGTH // 2)},
     )
 
 
 def baseline() -> Experiment:
     """The padded arm: one document per row."""
-    packed = config()
-    return configs.replace(packed, {"data": PaddedText(corpus=packed.data.corpus, length=LENGTH)})
+    return configs.replace(config(), {"data": PaddedText(corpus=CORPUS, length=LENGTH)})
 
 
 def study() -> Study:

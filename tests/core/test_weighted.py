@@ -12,7 +12,8 @@ def test_merged_parts_equal_the_whole_where_a_mean_of_means_does_not():
     rng = np.random.default_rng(0)
     values, weights = 1 + rng.random((6, 8)), rng.integers(0, 2, size=(6, 8)) * rng.random((6, 8))
     whole = Weighted.of(jnp.asarray(values), jnp.asarray(weights))
-    parts = [Weighted.of(jnp.asarray(v), jnp.asarray(w)) for v, w in zip(values, weights)]
+    rows = zip(values, weights, strict=True)
+    parts = [Weighted.of(jnp.asarray(v), jnp.asarray(w)) for v, w in rows]
     merged = parts[0]
     for part in parts[1:]:
         merged = merged.merge(part)

@@ -171,24 +171,27 @@ def test_streaming_writes_the_same_tokens_and_shows_each_prefix():
 
 
 def test_a_caller_may_stop_rows():
-    free = Autoregressive(max_new_tokens=8, sampler=Greedy(), end_ids=(), stream_every=3)
-    calls = []
+    whole, calls = sampled(), []
+    longest = int(whole.lengths.argmax())
+    assert whole.lengths[longest] > 6
 
     def on_tokens(tokens, lengths):
         calls.append(tokens.shape[1])
-        return np.asarray([True, False, tokens.shape[1] >= 6, False])
+        return (np.arange(4) == longest) & (tokens.shape[1] >= 6)
 
-    stopped = free(view(), PROMPTS, key=KEY, on_tokens=on_tokens)
-    np.testing.assert_array_equal(stopped.lengths, [3, 8, 6, 8])
-    for row, length in enumerate(stopped.lengths):
-        np.testing.assert_array_equal(stopped.tokens[row, :length], greedy().tokens[row, :length])
+    stopped = SAMPLED(view(), PROMPTS, key=KEY, on_tokens=on_tokens)
+    expected = whole.lengths.copy()
+    expected[longest] = 6
+    np.testing.assert_array_equal(stopped.lengths, expected)
+    for row, length in enumerate(expected):
+        np.testing.assert_array_equal(stopped.tokens[row, :length], whole.tokens[row, :length])
         np.testing.assert_array_equal(stopped.tokens[row, length:], 0)
-    assert calls == [3, 6, 8]
     calls.clear()
-    ended = free(
+    ended = SAMPLED(
         view(), PROMPTS, key=KEY, on_tokens=lambda t, n: calls.append(1) or np.ones(4, bool)
     )
-    assert len(calls) == 1 and ended.lengths.tolist() == [3] * 4
+    assert len(calls) == 1
+    np.testing.assert_array_equal(ended.lengths, np.minimum(whole.lengths, 3))
 
 
 def test_the_bound_on_new_tokens_is_kept_at_the_end_of_the_context():

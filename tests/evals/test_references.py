@@ -5,8 +5,8 @@ import lzma
 import numpy as np
 import pytest
 
-from tokenlab.evals import Compressor, witten_bell
 from tokenlab.data.base import Corpus, Document
+from tokenlab.evals import Compressor, witten_bell
 
 
 def by_hand(train, document, order):

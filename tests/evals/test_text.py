@@ -17,9 +17,7 @@ from tokenlab.models import llama
 from tokenlab.tokenizers import ByteTokenizer
 
 
-@given(
-    count=st.integers(2, 60), length=st.integers(1, 20), data=st.data()
-)
+@given(count=st.integers(2, 60), length=st.integers(1, 20), data=st.data())
 def test_windows_score_every_target_once_with_enough_context(count, length, data):
     stride = data.draw(st.integers(1, length))
     ids = np.arange(count)
@@ -74,9 +72,7 @@ def test_bits_per_byte_is_the_sum_of_every_document_alone():
     assert figures["bits_per_byte"] == pytest.approx(bits / size, rel=1e-5)
     assert figures["bytes"] == size
     assert figures["tokens"] == size + len(texts)
-    assert figures["perplexity"] == pytest.approx(
-        2 ** (bits / (size + len(texts))), rel=1e-4
-    )
+    assert figures["perplexity"] == pytest.approx(2 ** (bits / (size + len(texts))), rel=1e-4)
 
 
 def test_a_corpus_without_bytes_is_refused():

@@ -119,7 +119,7 @@ def test_packed_documents_do_not_see_each_other():
 def test_no_gradient_flows_from_the_future():
     model = small()
     params = initialised(model)
-    tokens, positions, segments = packed([8], 8)
+    _tokens, positions, segments = packed([8], 8)
 
     def hidden_at(embedding, t):
         out = model.apply(

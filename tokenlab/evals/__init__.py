@@ -2,6 +2,7 @@
 
 from tokenlab.evals.base import Evaluation
 from tokenlab.evals.references import ByteNgram, Compressor, witten_bell
+from tokenlab.evals.task import TaskAccuracy
 from tokenlab.evals.text import HeldOutText, row_logp, windows
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Compressor",
     "Evaluation",
     "HeldOutText",
+    "TaskAccuracy",
     "row_logp",
     "windows",
     "witten_bell",

@@ -1,13 +1,12 @@
 """Tokenizers on disk: in a run folder, and in a cache of fitted ones.
 
-A folder holds ``tokenizer.json`` (class, scalar fields, fingerprint) and a file for each field of
+A folder holds ``tokenizer.json`` (class, fields, fingerprint) and a file for each field of
 bytes, such as ``tokenizer.model``. The manifest is written last and names the content, so a
 folder is either whole or seen to be broken.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ from collections.abc import Iterable
 
 import sentencepiece
 
-from tokenlab import tokenizers
+from tokenlab import config
 from tokenlab.core.errors import UserError
 from tokenlab.tokenizers.base import Tokenizer, TokenizerTrainer
 
@@ -30,19 +29,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> None
     """Writes ``tokenizer`` into ``folder``; a kill at any moment leaves no false content.
 
     Args:
-        tokenizer: a frozen dataclass whose fields are scalars or bytes.
+        tokenizer: a frozen dataclass whose fields are bytes, scalars or tuples of them.
         folder: made when absent.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    assert dataclasses.is_dataclass(tokenizer)
-    values = {f.name: vars(tokenizer)[f.name] for f in dataclasses.fields(tokenizer)}
+    values = {name: getattr(tokenizer, name) for name in config.fields(tokenizer)}
     blobs = sorted(name for name, value in values.items() if isinstance(value, bytes))
     for name in blobs:
         _replace(folder / f"tokenizer.{name}", values.pop(name))
     manifest = {
-        "class": type(tokenizer).__name__,
-        "fields": values,
+        "class": config.tag(type(tokenizer)),
+        "fields": config.dump(values),
         "blobs": blobs,
         "fingerprint": tokenizer.fingerprint,
     }
@@ -58,7 +56,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     folder = pathlib.Path(folder)
     try:
         manifest = json.loads((folder / _MANIFEST).read_bytes())
-        fields = manifest["fields"]
+        fields = config.load(manifest["fields"])
         for name in manifest["blobs"]:
             fields[name] = (folder / f"tokenizer.{name}").read_bytes()
         kind, fingerprint = manifest["class"], manifest["fingerprint"]
@@ -66,8 +64,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         raise UserError(f"{error.filename} is missing; save a tokenizer there first") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / _MANIFEST} is damaged; save the tokenizer again") from None
-    member = vars(tokenizers).get(kind)
-    if not (isinstance(member, type) and issubclass(member, Tokenizer)):
+    member = config.class_of(kind)
+    if not issubclass(member, Tokenizer):
         raise UserError(f"{folder / _MANIFEST} names {kind!r}, which is not a tokenizer class")
     try:
         tokenizer = member(**fields)

@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import optax
+import optax.contrib
 from jaxtyping import PyTree
 
 from tokenlab.core.duration import Clock, Duration, Fraction
@@ -131,11 +132,6 @@ class AdamW(Optimizer):
 
     def build(self, schedule: optax.Schedule) -> optax.GradientTransformation:
         """The optax transformation that follows ``schedule``."""
-        clip = (
-            optax.identity()
-            if self.clip_norm is None
-            else optax.clip_by_global_norm(self.clip_norm)
-        )
         adam = optax.adamw(
             schedule,
             b1=self.b1,
@@ -144,14 +140,71 @@ class AdamW(Optimizer):
             weight_decay=self.weight_decay,
             mask=decayed,
         )
-        return optax.chain(clip, adam)
+        return optax.chain(_clip(self.clip_norm), adam)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Muon(Optimizer):
+    """Momentum made orthogonal by Newton-Schulz on hidden matrices, AdamW on the rest.
+
+    Updates are scaled by ``0.2 * sqrt(max(fan_in, fan_out))``, which gives them the size of
+    AdamW's, so that one schedule serves both.
+
+    Reference: Liu et al., "Muon is Scalable for LLM Training", 2025, arXiv:2502.16982 (after
+    Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024).
+
+    Differences from the paper: none known; the embedding and the head are left to AdamW, as there.
+
+    Attributes:
+        momentum: decay of the momentum, Nesterov's.
+        b1: decay of AdamW's first moment.
+        b2: decay of AdamW's second moment.
+        weight_decay: decay per unit of learning rate; norms and biases are spared.
+        clip_norm: bound on the gradient's global norm, or None.
+    """
+
+    momentum: float = 0.95
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+
+    def build(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        """The optax transformation that follows ``schedule``."""
+        muon = optax.contrib.muon(
+            schedule,
+            beta=self.momentum,
+            weight_decay=self.weight_decay,
+            weight_decay_mask=decayed,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            adam_weight_decay=self.weight_decay,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        )
+        return optax.chain(_clip(self.clip_norm), muon)
+
+
+def _clip(norm: float | None) -> optax.GradientTransformation:
+    return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
+
+
+def _matrices(params: PyTree) -> PyTree:
+    """Reduction and output axis of hidden matrices, stacked layers included; None elsewhere."""
+
+    def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        hidden = any(str(getattr(p, "key", "")).startswith("block") for p in path)
+        if not hidden or leaf.ndim < 2 or not _is_decayed(path):
+            return None
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def decayed(params: PyTree) -> PyTree:
     """Which parameters weight decay acts on: all but norm scales and biases."""
-    spared = {"scale", "bias"}
+    return jax.tree_util.tree_map_with_path(lambda path, _: _is_decayed(path), params)
 
-    def is_decayed(path: tuple, leaf: object) -> bool:
-        return not any(str(getattr(p, "key", "")) in spared for p in path)
 
-    return jax.tree_util.tree_map_with_path(is_decayed, params)
+def _is_decayed(path: tuple) -> bool:
+    return not any(str(getattr(p, "key", "")) in ("scale", "bias") for p in path)

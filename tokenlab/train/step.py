@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from tokenlab.core.arrays import Array, Int, PRNGKeyArray, Scalar
@@ -88,12 +89,14 @@ class Trainer:
     accumulation: int = 1
     ema_decay: float | None = None
 
-    def _init_boxed(self) -> TrainState:
-        """The first state, its leaves still boxed with their logical axis names."""
+    def _params(self) -> PyTree:
+        """Initial parameters, still boxed with the logical names of their axes."""
         tokens = jnp.zeros((1, 8), jnp.int32)
-        params = self.model.init(
-            stream(self.seed, "init"), tokens, positions=tokens, segments=tokens + 1
-        )["params"]
+        key = stream(self.seed, "init")
+        return self.model.init(key, tokens, positions=tokens, segments=tokens + 1)["params"]
+
+    def _first(self) -> TrainState:
+        params = nn.meta.unbox(self._params())
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -102,20 +105,27 @@ class Trainer:
         )
 
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state, without computing it."""
+        """Shapes, dtypes and shardings of the state, without computing it.
+
+        What the optimiser keeps per parameter lies as the parameter does; the rest is copied.
+        """
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
-            boxed = jax.eval_shape(self._init_boxed)
+            placed = shardings(jax.eval_shape(self._params), self.mesh)
+            state = jax.eval_shape(self._first)
+        copied = NamedSharding(self.mesh, PartitionSpec())
+        opt_state = _like_params(state.opt_state, params=placed, otherwise=copied)
+        ema = None if state.ema is None else placed
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            nn.meta.unbox(boxed),
-            shardings(boxed, self.mesh),
+            state,
+            state.replace(step=copied, params=placed, opt_state=opt_state, ema=ema),
         )
 
     def init(self) -> TrainState:
         """The first state, created in place on its devices."""
         out = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
-            return jax.jit(lambda: nn.meta.unbox(self._init_boxed()), out_shardings=out)()
+            return jax.jit(self._first, out_shardings=out)()
 
     def put(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """This process's rows as global device arrays."""
@@ -220,3 +230,14 @@ def _with_weights(
     sums: Mapping[str, Weighted], weights: Mapping[str, Scalar]
 ) -> dict[str, Weighted]:
     return {name: Weighted(total=s.total, weight=weights[name]) for name, s in sums.items()}
+
+
+def _like_params(opt_state: PyTree, *, params: PyTree, otherwise: Any) -> PyTree:
+    """For each leaf the entry of the parameter whose path its own path ends with."""
+    entries = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+    def entry(path: tuple, leaf: Any) -> Any:
+        ends = (path[start:] for start in range(len(path)))
+        return next((entries[end] for end in ends if leaf.ndim and end in entries), otherwise)
+
+    return jax.tree_util.tree_map_with_path(entry, opt_state)

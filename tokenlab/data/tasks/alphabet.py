@@ -7,26 +7,30 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tokenlab.core.errors import UserError
-from tokenlab.tokenizers.base import Tokenizer
+from tokenlab.tokenizers.base import Tokenizer, TokenizerTrainer
 
 FIRST_SYMBOL = 3  # pad, bos, eos come before the symbols
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AlphabetTokenizer(Tokenizer):
+class AlphabetTokenizer(Tokenizer, TokenizerTrainer):
     """Symbol ``i`` is id ``i + 3``; text that is not made of the symbols has no ids.
 
-    It gives back every text over its symbols, not every byte string. None of the symbols may be
-    the beginning of another one.
+    It gives back every text over its symbols, not every byte string, and is its own trainer. None
+    of the symbols may be the beginning of another one.
 
     Attributes:
         symbols: how each symbol is written.
     """
 
     symbols: tuple[str, ...]
+
+    def fit(self, texts: Iterable[bytes]) -> AlphabetTokenizer:
+        """Itself; nothing is learned."""
+        return self
 
     def __post_init__(self):
         for first, second in zip(sorted(self.symbols), sorted(self.symbols)[1:], strict=False):

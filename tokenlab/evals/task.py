@@ -1,0 +1,94 @@
+"""Accuracy on the synthetic tasks, by generation."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import zlib
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jaxtyping import PyTree
+
+from tokenlab.core.context import View
+from tokenlab.core.errors import UserError
+from tokenlab.data.tasks import Task
+from tokenlab.decode import Autoregressive, Greedy
+from tokenlab.evals.base import Evaluation
+from tokenlab.tokenizers.base import Tokenizer
+
+_STREAM = zlib.crc32(b"problems")  # no source draws its rows from this seed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskAccuracy(Evaluation):
+    """Share of a task's problems whose generated answer is right, and its course by difficulty.
+
+    The model goes on from each prompt by its likeliest tokens, as many as the longest answer has;
+    the task's own checker reads the completion. Beside ``accuracy`` and its binomial
+    ``standard_error`` there is one figure for each difficulty that occurs.
+
+    Attributes:
+        task: makes and checks the problems.
+        problems: how many.
+        batch_size: prompts continued at a time.
+        seed: of the problems.
+    """
+
+    task: Task
+    problems: int = 256
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.problems < 1 or self.batch_size < 1:
+            raise ValueError("problems and batch_size must be 1 or more")
+
+    def __call__(
+        self, *, model: nn.Module, params: PyTree, tokenizer: Tokenizer
+    ) -> dict[str, float]:
+        """Accuracy overall and by difficulty.
+
+        Raises:
+            UserError: the model was trained with another tokenizer than the task's.
+        """
+        if tokenizer.fingerprint != self.task.tokenizer.fingerprint:
+            raise UserError(f"the tokenizer is not the alphabet of {self.task}; use its tokenizer")
+        right: dict[int, list[bool]] = collections.defaultdict(list)
+        view = View(model=model, params=params)
+        for difficulty, is_right in self._results(view, tokenizer.eos_id):
+            right[difficulty].append(is_right)
+        accuracy = float(np.mean([one for group in right.values() for one in group]))
+        figures = {
+            "accuracy": accuracy,
+            "standard_error": float(np.sqrt(accuracy * (1 - accuracy) / self.problems)),
+            "problems": self.problems,
+        }
+        by_difficulty = {
+            f"accuracy_at_{difficulty}": float(np.mean(right[difficulty]))
+            for difficulty in sorted(right)
+        }
+        return figures | by_difficulty
+
+    def _results(self, view: View, end_id: int) -> list[tuple[int, bool]]:
+        """Difficulty of each problem, and whether it was answered."""
+        problems = self.task.problems(seed=(_STREAM, self.seed), count=self.problems)
+        decoder = Autoregressive(
+            max_new_tokens=max(len(problem.answer) for problem in problems),
+            sampler=Greedy(),
+            end_ids=(end_id,),
+        )
+        results = []
+        for start in range(0, self.problems, self.batch_size):
+            batch = problems[start : start + self.batch_size]
+            # The last batch repeats its first prompt, so that all have one shape.
+            filled = batch + batch[:1] * (min(self.batch_size, self.problems) - len(batch))
+            written = decoder(view, [p.prompt for p in filled], key=jax.random.key(0))
+            for problem, tokens, length in zip(
+                batch, written.tokens, written.lengths, strict=False
+            ):
+                completion = tokens[:length].tolist()
+                is_right = self.task.check(prompt=problem.prompt, completion=completion)
+                results.append((problem.difficulty, is_right))
+        return results
