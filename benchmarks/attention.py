@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from benchmarks.timing import in_turn, square_product
 from kernels_pallas.block_sparse_attention import (
-    BlockSparseAttentionConfig,
     Causal,
     SlidingWindow,
     block_sparse_attention,
@@ -19,7 +18,7 @@ from kernels_pallas.block_sparse_attention import (
 from kernels_pallas.block_sparse_attention.specs import SHAPES, Shape
 
 
-def _attend(q, k, v, *, rule, impl, heads_in_turn=False):
+def _attend(q, k, v, *, rule, impl):
     length = q.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length)[None], q.shape[:2])
     segments = jnp.ones_like(positions)
@@ -34,7 +33,6 @@ def _attend(q, k, v, *, rule, impl, heads_in_turn=False):
         rule=rule,
         scale=q.shape[3] ** -0.5,
         impl=impl,
-        config=BlockSparseAttentionConfig(heads_in_turn=heads_in_turn),
     )
 
 
@@ -65,7 +63,6 @@ def measure(name: str, shape: Shape, rule: Causal | SlidingWindow, repeats: int)
         ("ref", functools.partial(_attend, rule=rule, impl="ref")),
         ("jax.nn", functools.partial(_peer, rule=rule)),
         ("ours", functools.partial(_attend, rule=rule, impl="xla")),
-        ("in turn", functools.partial(_attend, rule=rule, impl="xla", heads_in_turn=True)),
     ):
         for which, compute in (("forward", function), ("forward+backward", _both(function))):
             compiled = jax.jit(compute).lower(*arrays).compile()
@@ -81,7 +78,7 @@ def measure(name: str, shape: Shape, rule: Causal | SlidingWindow, repeats: int)
     for which, products in (("forward", 2), ("forward+backward", 7)):
         ours = timings[f"ours {which}"]
         print(f"  {which}")
-        for who in ("ref", "jax.nn", "ours", "in turn"):
+        for who in ("ref", "jax.nn", "ours"):
             timing = timings[f"{who} {which}"]
             print(
                 f"    {who:7} {timing.best * 1e3:7.1f} ms"

@@ -8,7 +8,11 @@ import socket
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jaxtyping
 import pytest
+
+# Shapes and types in signatures are checked wherever a test calls.
+jaxtyping.install_import_hook(["tokenlab", "kernels_pallas"], "typechecking.checked")
 
 from tokenlab import config
 from tokenlab.files import load_module
@@ -31,6 +35,14 @@ def _no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="module")
+def unchecked():
+    """No type checker: for stand-ins, and for the errors that users without one see."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -84,7 +84,13 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: Sequence[str]) -> int:
     """Parses and dispatches; returns the exit code."""
-    options = parser().parse_args(arguments)
+    grammar = parser()
+    options, rest = grammar.parse_known_args(arguments)
+    # argparse stops taking overrides at the first option; they may stand on either side of it.
+    if options.command != "train" or any(item.startswith("-") for item in rest):
+        grammar.parse_args(arguments)
+    else:
+        options.overrides += rest
     console = Console()
     # Commands import late, so that a mistyped command answers at once.
     match options.command:

@@ -17,7 +17,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, Union
 
 from flax import linen as nn
@@ -129,7 +129,7 @@ def _with(part: Any, changes: dict[str, Any], where: str) -> Any:
     return {**part, **changes}
 
 
-def _nearest(name: str, names: typing.Iterable[str]) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:

@@ -10,12 +10,9 @@ class BlockSparseAttentionConfig:
     Attributes:
         block: queries, and granularity of keys, handled at a time; ``None`` derives it from the
             length.
-        heads_in_turn: one key head at a time, which keeps a tile in a CPU's cache; heads that
-            are sharded over devices would be gathered, so it is off unless asked for.
     """
 
     block: int | None = None
-    heads_in_turn: bool = False
 
     def of(self, length: int) -> int:
         """The block size for ``length`` queries: at least 128, and at most 16 blocks."""

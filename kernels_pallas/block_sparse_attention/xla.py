@@ -74,12 +74,7 @@ def block_sparse_attention(
     queries, keys = q.shape[1], k.shape[1]
     static = _Static(rule, scale, softcap, config.of(queries))
     tokens = _Tokens(q_positions, kv_positions, q_segments, kv_segments)
-    if config.heads_in_turn:
-        heads = tuple(jnp.moveaxis(_group(x, k.shape[2]), 2, 0) for x in (q, k, v))
-        out = lax.map(lambda head: _attention(static, *head, tokens), heads)
-        out = jnp.moveaxis(out, 0, 2).reshape(q.shape)
-    else:
-        out = _attention(static, q, k, v, tokens)
+    out = _attention(static, q, k, v, tokens)
     if _block_map(rule, static.block, queries, keys).all():
         return out
     return jnp.where(_in_order(tokens)[:, None, None, None], out, jnp.nan)
@@ -162,10 +157,6 @@ def _backward(static: _Static, residuals, cotangent):
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _group(x: Float[Array, "B T H E"], heads: int) -> Float[Array, "B T K G E"]:
-    return x.reshape(*x.shape[:2], heads, -1, x.shape[3])
 
 
 def _blocked(x: Float[Array, "B T H E"], block: int, groups: int, axes: str) -> Float[Array, "..."]:

@@ -21,6 +21,7 @@ from tokenlab.train.optimizer import (
     AdamW,
     Constant,
     Cosine,
+    Muon,
     Optimizer,
     Schedule,
     WarmupStableDecay,
@@ -79,7 +80,7 @@ TABLE = {
         ),
     ),
 }
-OPTIMIZERS = {AdamW}
+OPTIMIZERS = {AdamW, Muon}
 CASES = [case for cases in TABLE.values() for case in cases]
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.schedule))
 
@@ -107,13 +108,14 @@ def test_equals_the_closed_form_from_the_first_step_to_the_end(case):
 
 @every
 def test_the_object_is_its_own_config(case):
-    for part in (case.schedule, AdamW(learning_rate=case.schedule, clip_norm=None)):
+    optimizers = [member(learning_rate=case.schedule, clip_norm=None) for member in OPTIMIZERS]
+    for part in (case.schedule, *optimizers):
         loaded = config.load(config.dump(part))
         assert loaded == part and hash(loaded) == hash(part)
 
 
 def test_methods_from_papers_name_them():
-    for member in (WarmupStableDecay, AdamW):
+    for member in (WarmupStableDecay, *OPTIMIZERS):
         assert "Reference: " in inspect.getdoc(member) and "arXiv:" in inspect.getdoc(member)
 
 
@@ -210,3 +212,68 @@ def test_an_update_is_bounded_by_the_clipped_gradient():
     # Clipped to (0.6, 0, 0.8); with no memory the update is g / (|g| + 1).
     expected = [-0.6 / 1.6, 0.0, -0.8 / 1.8]
     np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- Muon
+
+
+def orthogonalised(matrix):
+    """Five Newton-Schulz steps of the published quintic, in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def muon_by_hand(part, rates, matrix, gradients):
+    """Nesterov momentum (bias-corrected, as Optax does), orthogonalised, scaled, decayed."""
+    momentum, beta = np.zeros_like(matrix), part.momentum
+    for count, (rate, gradient) in enumerate(zip(rates, gradients, strict=True), start=1):
+        momentum = beta * momentum + (1 - beta) * gradient
+        ahead = beta * momentum / (1 - beta ** (count + 1))
+        ahead += (1 - beta) * gradient / (1 - beta**count)
+        update = 0.2 * math.sqrt(max(matrix.shape)) * orthogonalised(ahead)
+        matrix = matrix - rate * (update + part.weight_decay * matrix)
+    return matrix
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_muon_equals_the_published_update_and_leaves_the_rest_to_adamw(shape):
+    shared = {"learning_rate": Constant(peak=PEAK, warmup=4), "weight_decay": 0.3}
+    part, adamw = (member(clip_norm=None, **shared) for member in (Muon, AdamW))
+    rng = np.random.default_rng(0)
+
+    def tree():
+        """A stack of two matrices, a norm of the same two layers, and an embedding."""
+        return {
+            "block": {
+                "out": {"kernel": rng.normal(size=(2, *shape))},
+                "mixer_norm": {"scale": rng.normal(size=(2, 3))},
+            },
+            "embedding": rng.normal(size=(5, 3)),
+        }
+
+    params, *gradients = (tree() for _ in range(6))
+    found = {}
+    for one in (part, adamw):
+        transform = one.build(one.learning_rate.build(CLOCK))
+        step = jax.jit(transform.update)
+        value = jax.tree.map(jnp.float32, params)
+        state = transform.init(value)
+        for gradient in gradients:
+            updates, state = step(jax.tree.map(jnp.float32, gradient), state, value)
+            value = optax.apply_updates(value, updates)
+        found[type(one)] = value
+    rates = [PEAK * count / 4 for count in range(4)] + [PEAK]
+    for layer in range(2):
+        kernels = [tree["block"]["out"]["kernel"][layer] for tree in (params, *gradients)]
+        expected = muon_by_hand(part, rates, kernels[0], kernels[1:])
+        kernel = found[Muon]["block"]["out"]["kernel"][layer]
+        np.testing.assert_allclose(kernel, expected, rtol=1e-3, atol=1e-4)
+    for value in found.values():
+        del value["block"]["out"]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found[Muon], found[AdamW]
+    )

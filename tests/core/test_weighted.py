@@ -39,6 +39,7 @@ def test_nothing_weighs_nothing():
     np.testing.assert_array_equal(gradient, np.zeros(3))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_shapes_are_never_broadcast():
     with pytest.raises(ValueError, match="differ in shape"):
         Weighted.of(jnp.ones((2, 3)), jnp.ones((3,)))

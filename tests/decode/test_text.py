@@ -26,6 +26,7 @@ from tokenlab.models import llama
 from tokenlab.tokenizers import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
+NO_MODEL = View(model=nn.Module(), params={})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,10 +66,10 @@ def run(scripts, stop=(), every=1, bound=64):
     )
     pieces = [[] for _ in scripts]
     found, generation = complete(
-        None, TOKENIZER, ["p"] * len(scripts), decoder=decoder, stop=stop,
+        NO_MODEL, TOKENIZER, ["p"] * len(scripts), decoder=decoder, stop=stop,
         on_text=lambda row, piece: pieces[row].append(piece),
     )  # fmt: skip
-    quiet, _ = complete(None, TOKENIZER, ["p"] * len(scripts), decoder=decoder, stop=stop)
+    quiet, _ = complete(NO_MODEL, TOKENIZER, ["p"] * len(scripts), decoder=decoder, stop=stop)
     assert quiet == found  # whoever does not listen gets the same
     return [completion.text for completion in found], pieces, generation
 

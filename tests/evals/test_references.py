@@ -4,9 +4,11 @@ import lzma
 
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from tokenlab.data.base import Corpus, Document
 from tokenlab.evals import Compressor, witten_bell
+from tokenlab.tokenizers import ByteTokenizer
 
 
 def by_hand(train, document, order):
@@ -61,6 +63,6 @@ class Memory(Corpus):
 
 
 def test_compressor_counts_the_compressed_bytes():
-    figures = Compressor(corpus=Memory())(model=None, params=None, tokenizer=None)
+    figures = Compressor(corpus=Memory())(model=nn.Module(), params={}, tokenizer=ByteTokenizer())
     packed = lzma.compress(b"abc" * 100 + b"xyz" * 50, preset=9 | lzma.PRESET_EXTREME)
     assert figures == {"bits_per_byte": 8 * len(packed) / 450, "bytes": 450}

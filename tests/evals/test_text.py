@@ -78,4 +78,4 @@ def test_bits_per_byte_is_the_sum_of_every_document_alone():
 def test_a_corpus_without_bytes_is_refused():
     evaluation = HeldOutText(corpus=Memory(b""), length=8, stride=8)
     with pytest.raises(UserError, match="empty"):
-        evaluation(model=None, params=None, tokenizer=ByteTokenizer())
+        evaluation(model=nn.Module(), params={}, tokenizer=ByteTokenizer())

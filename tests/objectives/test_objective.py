@@ -70,13 +70,13 @@ class Confidence(TokenWeights):
 
 
 BATCH = {
-    "tokens": np.asarray([[1, 2, 3], [4, 5, 0]], np.int32),
-    "targets": np.asarray([[2, 3, 4], [5, 6, 0]], np.int32),
-    "positions": np.asarray([[0, 1, 2], [0, 1, 0]], np.int32),
-    "segments": np.asarray([[1, 1, 1], [1, 1, 0]], np.int32),
-    "weights": np.asarray([[1, 0, 2], [0.5, 1, 0]], np.float32),
-    "a": np.asarray([[1, 9, 2], [4, 3, np.nan]], np.float32),
-    "b": np.asarray([[-1, 9, 0], [2, 1, np.inf]], np.float32),
+    "tokens": jnp.asarray([[1, 2, 3], [4, 5, 0]], jnp.int32),
+    "targets": jnp.asarray([[2, 3, 4], [5, 6, 0]], jnp.int32),
+    "positions": jnp.asarray([[0, 1, 2], [0, 1, 0]], jnp.int32),
+    "segments": jnp.asarray([[1, 1, 1], [1, 1, 0]], jnp.int32),
+    "weights": jnp.asarray([[1, 0, 2], [0.5, 1, 0]], jnp.float32),
+    "a": jnp.asarray([[1, 9, 2], [4, 3, jnp.nan]], jnp.float32),
+    "b": jnp.asarray([[-1, 9, 0], [2, 1, jnp.inf]], jnp.float32),
 }
 
 
@@ -168,6 +168,7 @@ def test_views_score_with_their_own_parameters():
         np.testing.assert_allclose(NextToken(view=name)(seen), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_loss_of_another_shape_is_refused():
     """A loss that was already reduced would otherwise be broadcast over the weights."""
 

@@ -80,7 +80,8 @@ def test_damaged_cache_is_fitted_again_and_damaged_run_refused(tmp_path, name, d
 def test_class_of_the_manifest_must_be_a_tokenizer(tmp_path):
     save_tokenizer(ByteTokenizer(), tmp_path)
     manifest = json.loads((tmp_path / "tokenizer.json").read_text())
-    for name in ("save_tokenizer", "SentencePieceTrainer", "os", "Nothing"):
+    family = "tokenlab.tokenizers.sentence_piece"
+    for name in (f"{family}:SentencePieceTrainer", f"{family}:Nothing", "os:system", "os", ""):
         (tmp_path / "tokenizer.json").write_text(json.dumps(manifest | {"class": name}))
         with pytest.raises(UserError, match="not a tokenizer class"):
             load_tokenizer(tmp_path)

@@ -5,7 +5,7 @@ Dimensions: ``B`` batch rows, ``T`` positions of a row, ``S`` key positions, ``D
 ``L`` layers, ``C`` capacity (a static number of kept tokens).
 """
 
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 Hidden = Float[Array, "B T D"]
 Logits = Float[Array, "B T V"]
@@ -14,6 +14,7 @@ Positions = Int[Array, "B T"]
 Segments = Int[Array, "B T"]  # 0 is padding; tokens attend within their own segment only
 Weights = Float[Array, "B T"]
 Values = Float[Array, "B T"]
+RowKeys = Key[Array, " B"]  # one random key per row
 Scalar = Float[Array, ""]
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Logits",
     "PRNGKeyArray",
     "Positions",
+    "RowKeys",
     "Scalar",
     "Segments",
     "Tokens",

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from tokenlab.cache import CachePolicy, FullCache
-from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int, PRNGKeyArray
+from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int, PRNGKeyArray, RowKeys
 from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.core.ledger import Ledger
@@ -184,7 +184,9 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(static: Any, params: PyTree, state: _State, keys: PRNGKeyArray, until: int) -> _State:
+def _decode(
+    static: Any, params: PyTree, state: _State, keys: RowKeys, until: Int[Array, ""]
+) -> _State:
     """Draws tokens until ``until`` are written or every row has ended."""
     model, policy, decoder = static
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from tokenlab.core.arrays import Array, Float, Int, PRNGKeyArray
+from tokenlab.core.arrays import Array, Float, Int, RowKeys
 
 RowLogits = Float[Array, "B V"]
 
@@ -149,9 +149,7 @@ class Sampler(abc.ABC):
         """States of all processors."""
         return tuple(processor.init(batch=batch) for processor in self.processors)
 
-    def __call__(
-        self, logits: RowLogits, state: PyTree, *, keys: PRNGKeyArray
-    ) -> tuple[Draw, PyTree]:
+    def __call__(self, logits: RowLogits, state: PyTree, *, keys: RowKeys) -> tuple[Draw, PyTree]:
         """Draws one token per row.
 
         Args:
@@ -170,7 +168,7 @@ class Sampler(abc.ABC):
 
     @abc.abstractmethod
     def choose(
-        self, logits: RowLogits, keys: PRNGKeyArray
+        self, logits: RowLogits, keys: RowKeys
     ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
         """Tokens and their log-probability under the rule of choice."""
 
@@ -180,7 +178,7 @@ class Greedy(Sampler):
     """The most likely token, with probability one."""
 
     def choose(
-        self, logits: RowLogits, keys: PRNGKeyArray
+        self, logits: RowLogits, keys: RowKeys
     ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
         """The first of the highest logits."""
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0])
@@ -191,7 +189,7 @@ class Categorical(Sampler):
     """A token in proportion to its probability after the processors."""
 
     def choose(
-        self, logits: RowLogits, keys: PRNGKeyArray
+        self, logits: RowLogits, keys: RowKeys
     ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
         """One categorical draw per row."""
         token = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

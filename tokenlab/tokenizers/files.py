@@ -64,7 +64,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         raise UserError(f"{error.filename} is missing; save a tokenizer there first") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / _MANIFEST} is damaged; save the tokenizer again") from None
-    member = config.class_of(kind)
+    try:
+        member = config.class_of(kind)
+    except UserError:
+        member = object
     if not issubclass(member, Tokenizer):
         raise UserError(f"{folder / _MANIFEST} names {kind!r}, which is not a tokenizer class")
     try:

