@@ -9,6 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(add
 .PHONY: train test lint format studies docs smoke clean
 
 train: $(VENV)/.run
+	$(BIN)/python -m tokenlab data fetch english_prose
 	$(BIN)/python -m tokenlab train experiments/quickstart.py
 
 test: $(VENV)/.dev

@@ -13,7 +13,7 @@ from tokenlab.models import transformer_1m
 from tokenlab.objectives import NextToken, Objective, Term, ZLoss
 from tokenlab.tokenizers import SentencePieceTrainer
 from tokenlab.train.checkpoint import Checkpointing
-from tokenlab.train.optimizer import AdamW, WarmupStableDecay
+from tokenlab.train.optimizer import Muon, WarmupStableDecay
 
 
 def config() -> Experiment:
@@ -31,7 +31,7 @@ def config() -> Experiment:
                 "z_loss": Term(loss=ZLoss(), coefficient=1e-4),
             }
         ),
-        optimizer=AdamW(learning_rate=WarmupStableDecay(peak=3e-3)),
+        optimizer=Muon(learning_rate=WarmupStableDecay(peak=3e-3)),
         steps=1000,
         checkpoint=Checkpointing(best_metric="held_out/bits_per_byte"),
         evals={

@@ -5,7 +5,9 @@ import pathlib
 
 import pytest
 
-from tokenlab.systems import System, markdown, systems, unbacked
+from tokenlab import config
+from tokenlab.files import load_module
+from tokenlab.systems import System, markdown, summary, systems, unbacked
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -22,8 +24,25 @@ def test_every_status_is_backed(entry):
     assert unbacked(entry, ROOT) is None
 
 
-def test_the_page_is_what_the_index_generates():
+def test_the_pages_are_what_the_index_generates():
     assert (ROOT / "docs/systems.md").read_text() == markdown(systems()), "run make docs"
+    assert summary(systems()) in (ROOT / "README.md").read_text(), "copy systems.summary into it"
+
+
+RECORDS = sorted((ROOT / "docs/studies").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_a_recorded_study_is_of_the_experiment_as_it_is(path):
+    (experiment,) = (ROOT / "experiments").rglob(f"{path.stem}.py")
+    study, record = load_module(experiment).study(), json.loads(path.read_text())
+    arms = {name: config.fingerprint(arm) for name, arm in study.arms.items()}
+    assert record["arms"] == arms and record["seeds"] == list(study.seeds), "run it again"
+    judged = [claim.judge(record["figures"][claim.metric]) for claim in study.claims]
+    assert [verdict._asdict() for verdict in judged] == [
+        {name: value for name, value in claim.items() if name != "metric"}
+        for claim in record["claims"]
+    ]
 
 
 def entry_in(root, status, holds):

@@ -14,7 +14,7 @@ from tokenlab.core.arrays import Array, Float, Int
 
 @flax.struct.dataclass
 class FullCacheState:
-    """Entries of each row, packed from slot 0.
+    """Entries of each row, packed from slot 0; heads first, the order in which they are read.
 
     Attributes:
         k: keys; slots at and after ``length`` hold nothing of meaning.
@@ -23,8 +23,8 @@ class FullCacheState:
         length: entries per row.
     """
 
-    k: Float[Array, "B S K E"]
-    v: Float[Array, "B S K E"]
+    k: Float[Array, "B K S E"]
+    v: Float[Array, "B K S E"]
     positions: Int[Array, "B S"]
     length: Int[Array, " B"]
 
@@ -44,11 +44,11 @@ class FullCache(CachePolicy):
 
     def init(self, *, batch: int, num_kv_heads: int, head_dim: int, dtype: Any) -> FullCacheState:
         """An empty cache for ``batch`` rows."""
-        shape = (batch, self.capacity, num_kv_heads, head_dim)
+        shape = (batch, num_kv_heads, self.capacity, head_dim)
         return FullCacheState(
             k=jnp.zeros(shape, dtype),
             v=jnp.zeros(shape, dtype),
-            positions=jnp.zeros(shape[:2], jnp.int32),
+            positions=jnp.zeros((batch, self.capacity), jnp.int32),
             length=jnp.zeros((batch,), jnp.int32),
         )
 
@@ -67,8 +67,8 @@ class FullCache(CachePolicy):
         slots = state.length[:, None] + jnp.arange(k.shape[1])[None, :]
         slots = jnp.where(kept, slots, self.capacity)
         return FullCacheState(
-            k=state.k.at[rows, slots].set(k.astype(state.k.dtype), mode="drop"),
-            v=state.v.at[rows, slots].set(v.astype(state.v.dtype), mode="drop"),
+            k=state.k.at[rows, :, slots].set(k.astype(state.k.dtype), mode="drop"),
+            v=state.v.at[rows, :, slots].set(v.astype(state.v.dtype), mode="drop"),
             positions=state.positions.at[rows, slots].set(positions, mode="drop"),
             length=jnp.minimum(state.length + jnp.sum(kept, axis=1), self.capacity),
         )
@@ -76,7 +76,8 @@ class FullCache(CachePolicy):
     def view(self, state: FullCacheState, *, q: Float[Array, "B T H E"]) -> CacheView:
         """Every entry, for every query."""
         filled = jnp.arange(self.capacity)[None, :] < state.length[:, None]
-        return CacheView(state.k, state.v, state.positions, filled.astype(jnp.int32))
+        k, v = state.k.swapaxes(1, 2), state.v.swapaxes(1, 2)
+        return CacheView(k, v, state.positions, filled.astype(jnp.int32))
 
     def truncate(self, state: FullCacheState, *, lengths: Int[Array, " B"]) -> FullCacheState:
         """Forgets the entries of each row from slot ``lengths`` on."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import glob
+import io
 import itertools
 import json
 import mmap
@@ -254,7 +256,9 @@ def prepare(name: str) -> pathlib.Path:
         broken = [folder] if folder.exists() and not builder.is_prepared() else []
         for left_over in [*folder.parent.glob("incomplete.*"), *broken]:
             shutil.rmtree(left_over)
-        builder.download_and_prepare()
+        # What TFDS prints is of downloads, of which it makes none here.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            builder.download_and_prepare()
     return folder
 
 

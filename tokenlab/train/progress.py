@@ -13,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboard.summary import Writer
 
 
+LINES = 20  # of progress where there is no bar
+
+
 def matmul_rate() -> float:
     """Floating-point operations per second of a large float32 matrix product on all devices."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
@@ -31,8 +34,12 @@ class Bar:
     """A progress bar of the whole run with loss, speed and share of the matmul rate."""
 
     def __init__(self, console: Console, *, total: int, done: int, peak: float) -> None:
-        """Starts at ``done`` of ``total`` steps; ``peak`` is in operations per second."""
-        self._peak = peak
+        """Starts at ``done`` of ``total`` steps; ``peak`` is in operations per second.
+
+        Where the console is not a terminal there is a line now and then instead.
+        """
+        self._peak, self._total, self._console = peak, total, console
+        self._next_line = done + 1
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -60,6 +67,10 @@ class Bar:
             f"{speed['utilisation']:.0%} of matmul rate"
         )
         self._progress.update(self._task, completed=step, note=note)
+        if not self._console.is_terminal and step >= self._next_line:
+            line = f"step {step}/{self._total}  {note}"
+            self._console.print(line, soft_wrap=True, highlight=False)
+            self._next_line = step + max(1, self._total // LINES)
         return speed
 
     def pause(self) -> None:
