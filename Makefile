@@ -16,7 +16,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 smoke: $(VENV)/.dev
-	$(BIN)/python -m pytest -m smoke
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m smoke
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

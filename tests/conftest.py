@@ -23,6 +23,24 @@ jax.config.update("jax_compilation_cache_dir", str(CHECKOUT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+# What also runs on the newest supported JAX: every place where an interface of it is used.
+SMOKE = {"kernels_pallas", "models", "train", "decode", "golden", "e2e"}
+# Where a NaN is an error at the operation that makes it.
+WITHOUT_NANS = {"models", "cache", "decode"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent.name in SMOKE:
+            item.add_marker(pytest.mark.smoke)
+
+
+@pytest.fixture(autouse=True)
+def _nans_are_errors(request):
+    with jax.debug_nans(request.path.parent.name in WITHOUT_NANS):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     """Only loopback and local sockets connect."""

@@ -93,7 +93,6 @@ def by_hand(params, tokens, heads=4, kv_heads=2):
     return norm(x, params["norm"]["scale"]) @ params["embedding"].T
 
 
-@pytest.mark.smoke
 def test_matches_numpy():
     model = small()
     params = initialised(model)
@@ -102,7 +101,6 @@ def test_matches_numpy():
     np.testing.assert_allclose(logits[0], by_hand(params, tokens[0]), rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.smoke
 def test_packed_documents_do_not_see_each_other():
     model = small()
     params = initialised(model)

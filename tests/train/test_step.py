@@ -8,7 +8,6 @@ import sys
 import jax
 import numpy as np
 import optax
-import pytest
 
 from tokenlab import config
 from tokenlab.data import PaddedText
@@ -26,7 +25,6 @@ def steps(experiment, count):
     return run, state, losses, metrics
 
 
-@pytest.mark.smoke
 def test_accumulated_micro_batches_equal_the_full_batch(tiny):
     # Padding makes the micro-batches weigh differently, which is where mean-of-means goes wrong.
     padded = config.replace(tiny, {"data": padded_source(tiny)})
@@ -53,7 +51,6 @@ def padded_source(experiment):
     return PaddedText(corpus=experiment.data.corpus, length=32)
 
 
-@pytest.mark.smoke
 def test_the_second_step_compiles_nothing(tiny):
     run, *_ = steps(tiny, 3)
     assert run.trainer.step.cache_size() == 1

@@ -187,7 +187,7 @@ class Loop:
             return
         scalars = {
             "loss": float(metrics.loss),
-            **{f"terms/{n}": float(s.mean()) for n, s in metrics.sums.items()},
+            **{f"terms/{name}": float(mean) for name, mean in metrics.means.items()},
             "grad_norm": float(metrics.grad_norm),
             "learning_rate": float(metrics.learning_rate),
         }

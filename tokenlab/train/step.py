@@ -53,6 +53,7 @@ class StepMetrics:
     Attributes:
         loss: the objective's value before the update.
         sums: undivided total and weight of every term.
+        means: their quotients.
         grad_norm: global norm of the gradient before clipping.
         learning_rate: of this update.
         ledger: forward passes of this step.
@@ -60,6 +61,7 @@ class StepMetrics:
 
     loss: Scalar
     sums: dict[str, Weighted]
+    means: dict[str, Scalar]
     grad_norm: Scalar
     learning_rate: Scalar
     ledger: Ledger
@@ -161,6 +163,7 @@ class Trainer:
         metrics = StepMetrics(
             loss=jnp.asarray(self.objective.value(sums)),
             sums=sums,
+            means={name: part.mean() for name, part in sums.items()},
             grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(self.schedule(state.step), jnp.float32),
             ledger=ledger,
