@@ -132,6 +132,7 @@ def link(name, target):
         GOOD[: len(GOOD) // 2],
         b"not an archive",
     ],
+    ids=["above", "inside above", "through a link", "link above", "half", "nothing"],
 )
 def test_archive_that_escapes_or_is_broken_is_refused(tools, tmp_path, archive):
     npm(tools, archive)
