@@ -195,3 +195,19 @@ def test_the_real_decoder_stops_streams_and_counts_the_end_token():
     assert generation.lengths.tolist() == [len(ids)]
     written = Samples(prompts=("go",), decoder=decoder)(large, TOKENIZER, seed=0)
     assert written == [Completion("go", text)]
+
+
+def test_ids_that_the_tokenizer_has_not_are_never_written():
+    """The likeliest tokens of this model are those beyond the tokenizer's."""
+    model = llama(vocab_size=400, dim=8, num_layers=1, num_heads=1, num_kv_heads=1, hidden_dim=8)
+    tokens = jnp.zeros((1, 1), int)
+    params = nn.meta.unbox(
+        model.init(jax.random.key(0), tokens, positions=tokens, segments=tokens + 1)["params"]
+    )
+    params["embedding"] = params["embedding"].at[TOKENIZER.vocab_size :].multiply(50.0)
+    view = View(model=model, params=params)
+    free = Autoregressive(max_new_tokens=20, end_ids=())
+    assert free(view, [[1, 2]], key=jax.random.key(0)).tokens.max() >= TOKENIZER.vocab_size
+    _, generation = complete(view, TOKENIZER, ["a", "b"], decoder=free)
+    assert generation.tokens.max() < TOKENIZER.vocab_size
+    assert np.isfinite(generation.logp_behaviour).all()

@@ -1,13 +1,18 @@
 """The loop in this process, under the guards that a pod's host would be slow without."""
 
+import dataclasses
 import io
 
 import jax
 import pytest
 from rich.console import Console
 
+from tokenlab import config
+from tokenlab.core.errors import UserError
+from tokenlab.evals import Evaluation
 from tokenlab.train.folder import read_jsonl
 from tokenlab.train.loop import Loop, train
+from tokenlab.train.run import open_run
 
 
 def test_steps_move_nothing_between_host_and_device_unasked(tiny, tmp_path, monkeypatch):
@@ -27,6 +32,21 @@ def test_steps_move_nothing_between_host_and_device_unasked(tiny, tmp_path, monk
     assert len(guarded) == 22
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="transfer"):
         jax.jit(lambda x: x + 1)(1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Broken(Evaluation):
+    """An evaluation that cannot be made."""
+
+    def __call__(self, *, model, params, tokenizer):
+        raise UserError("no such corpus")
+
+
+def test_an_evaluation_that_fails_costs_no_step(tiny, tmp_path):
+    broken = config.replace(tiny, {"evals": {"broken": Broken()}, "checkpoint.every": 100})
+    with pytest.raises(UserError, match="no such corpus"):
+        train(broken, tmp_path / "run", console=Console(file=io.StringIO()))
+    assert int(open_run(tmp_path / "run")[1].step) == 24
 
 
 def test_progress_is_told_where_there_is_no_terminal(tiny, tmp_path):

@@ -4,6 +4,7 @@ from tokenlab.decode.autoregressive import Autoregressive, Generation
 from tokenlab.decode.sampling import (
     Categorical,
     Draw,
+    FirstTokens,
     Greedy,
     MinP,
     Processor,
@@ -19,6 +20,7 @@ __all__ = [
     "Categorical",
     "Completion",
     "Draw",
+    "FirstTokens",
     "Generation",
     "Greedy",
     "MinP",

@@ -121,6 +121,26 @@ class MinP(Processor):
         return jnp.where(logits - best >= jnp.log(self.p), logits, -jnp.inf), state
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstTokens(Processor):
+    """Keeps the first tokens of the vocabulary: those a tokenizer has, where the model has more.
+
+    Attributes:
+        count: tokens kept, at least 1.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count {self.count} must be at least 1")
+
+    def __call__(self, logits: RowLogits, state: PyTree) -> tuple[RowLogits, PyTree]:
+        """Rules out tokens from ``count`` on."""
+        known = jnp.arange(logits.shape[-1])[None, :] < self.count
+        return jnp.where(known, logits, -jnp.inf), state
+
+
 class Draw(NamedTuple):
     """Drawn tokens and how likely they were.
 

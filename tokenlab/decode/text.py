@@ -13,7 +13,7 @@ from tokenlab.core.duration import Duration, Fraction
 from tokenlab.core.errors import UserError
 from tokenlab.core.rng import stream
 from tokenlab.decode.autoregressive import Autoregressive, Generation
-from tokenlab.decode.sampling import Categorical, Temperature, TopP
+from tokenlab.decode.sampling import Categorical, FirstTokens, Temperature, TopP
 from tokenlab.tokenizers.base import Tokenizer
 
 
@@ -73,6 +73,12 @@ def complete(
                 shown[row] = ready
         return np.asarray([stopped for _, stopped in found])
 
+    # A vocabulary may be padded beyond the tokenizer's, with ids that stand for nothing.
+    known = FirstTokens(count=tokenizer.vocab_size)
+    processors = (known, *decoder.sampler.processors)
+    decoder = dataclasses.replace(
+        decoder, sampler=dataclasses.replace(decoder.sampler, processors=processors)
+    )
     watched = on_tokens if stop or on_text is not None else None
     generation = decoder(view, ids, key=stream(seed, "generate"), on_tokens=watched)
     found = texts(generation.tokens, generation.lengths)

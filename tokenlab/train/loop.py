@@ -162,11 +162,16 @@ class Loop:
         }
         if due or self.step == self.run.total_steps:
             self._read_pending()
-        if due:
-            self._evaluate(due)
         samples = self.run.experiment.samples
-        if samples is not None and self._due(samples.every):
-            self._sample(samples)
+        try:
+            if due:
+                self._evaluate(due)
+            if samples is not None and self._due(samples.every):
+                self._sample(samples)
+        except Exception:
+            self._save()  # looking at a state must not cost it
+            self.checkpoints.wait()
+            raise
 
     def _due(self, every: Duration) -> bool:
         distance = self.run.clock.steps(every)
