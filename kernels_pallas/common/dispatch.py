@@ -1,4 +1,9 @@
-"""Choosing the implementation of an operation: an ordered tuple per platform, with reasons."""
+"""Choosing the implementation of an operation: an ordered tuple per platform, with reasons.
+
+The platform is that of the current mesh (``jax.set_mesh``), which JAX makes part of the key of
+every compiled function; so a step compiled ahead of time for an absent TPU takes the TPU's
+implementations in a process that has only a CPU. Without a mesh it is the default backend's.
+"""
 
 import dataclasses
 import functools
@@ -26,6 +31,25 @@ class Implementation:
     supports: Callable[..., str | None]
 
 
+def platform() -> str:
+    """``"cpu"``, ``"gpu"`` or ``"tpu"``: what is being traced for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def needs(kind: str, interpret: Any) -> str | None:
+    """Why a Pallas kernel for platform ``kind`` cannot run here, or ``None``.
+
+    Args:
+        kind: what the kernel is written for.
+        interpret: the kernel's ``config.interpret``; an interpreter runs anywhere.
+    """
+    if interpret or platform() == kind:
+        return None
+    return f"it needs a {kind.upper()}, this is a {platform()}; config.interpret runs it anywhere"
+
+
 def anything(**arguments: Any) -> None:
     """The ``supports`` of an implementation that takes every argument."""
     del arguments
@@ -48,20 +72,19 @@ class Operation:
         """Runs implementation ``impl``, or with ``None`` the first that supports the arguments.
 
         Args:
-            impl: a name, or ``None`` to choose; passing over one is logged once per reason.
+            impl: a name, of any platform, or ``None`` to choose; passing over one is logged once
+                per reason.
             **arguments: arguments of the operation.
 
         Raises:
-            ValueError: ``impl`` is unknown on this platform or cannot run; the message has the
-                reason.
+            ValueError: ``impl`` is unknown or cannot run; the message has the reason.
         """
-        platform = jax.default_backend()
-        candidates = self.order.get(platform, self.order["cpu"])
+        candidates = self.order.get(platform(), self.order["cpu"])
         if impl is not None:
-            names = [candidate.name for candidate in candidates]
-            if impl not in names:
-                raise ValueError(f"{self.name} has no impl={impl!r} on {platform}; use {names}")
-            candidates = (candidates[names.index(impl)],)
+            named = {one.name: one for order in self.order.values() for one in order}
+            if impl not in named:
+                raise ValueError(f"{self.name} has no impl={impl!r}; use one of {sorted(named)}")
+            candidates = (named[impl],)
         refusals = []
         for candidate in candidates:
             reason = candidate.supports(**arguments)
