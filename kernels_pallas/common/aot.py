@@ -32,8 +32,10 @@ def tpu_devices(topology: str) -> tuple[Any, ...]:
     Raises:
         CannotCompile: libtpu is not installed, or it does not know the topology.
     """
-    # Otherwise libtpu asks a metadata server what machine it is on.
+    # Otherwise libtpu asks a metadata server what machine it is on, and serves one process only;
+    # compiling touches no chip.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except (RuntimeError, ValueError, NotImplementedError) as error:
