@@ -5,12 +5,28 @@ from typing import Literal
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.common.dispatch import Implementation, Operation, anything
-from kernels_pallas.linear_cross_entropy import ref, xla
-from kernels_pallas.linear_cross_entropy.specs import LinearCrossEntropyConfig, TargetLogits
+from kernels_pallas.linear_cross_entropy import ref, tpu, xla
+from kernels_pallas.linear_cross_entropy.specs import (
+    LinearCrossEntropyConfig,
+    TargetLogits,
+    VocabularyStatistics,
+)
 
-_REF = Implementation(name="ref", run=ref.linear_cross_entropy, supports=anything)
-_XLA = Implementation(name="xla", run=xla.linear_cross_entropy, supports=anything)
-_OPERATION = Operation(name="linear_cross_entropy", order={"cpu": (_XLA, _REF)})
+
+def _operation(name: str) -> Operation:
+    by_ref, by_xla, by_tpu = (
+        Implementation(name=kind, run=getattr(module, name), supports=supports)
+        for kind, module, supports in (
+            ("ref", ref, anything),
+            ("xla", xla, anything),
+            ("tpu", tpu, tpu.supports),
+        )
+    )
+    return Operation(name=name, order={"cpu": (by_xla, by_ref), "tpu": (by_tpu, by_xla, by_ref)})
+
+
+_LINEAR_CROSS_ENTROPY = _operation("linear_cross_entropy")
+_VOCABULARY_STATISTICS = _operation("vocabulary_statistics")
 
 
 def linear_cross_entropy(
@@ -20,7 +36,7 @@ def linear_cross_entropy(
     targets: Int[Array, "B T"],
     bias: Float[Array, " V"] | None = None,
     softcap: float | None = None,
-    impl: Literal["ref", "xla"] | None = None,
+    impl: Literal["ref", "xla", "tpu"] | None = None,
     config: LinearCrossEntropyConfig | None = None,
 ) -> TargetLogits:
     """Projects onto the vocabulary and keeps three numbers per token.
@@ -41,7 +57,9 @@ def linear_cross_entropy(
         bias: logit bias ``[V]``.
         softcap: bound of the absolute logits.
         impl: ``"ref"`` (whole logits), ``"xla"`` (blocks of the vocabulary, recomputed in the
-            backward pass), or ``None`` for the best that can run.
+            backward pass), ``"tpu"`` (tiles in VMEM, likewise recomputed; inside
+            ``jax.shard_map`` where there are several devices), or ``None`` for the best that
+            can run.
         config: block sizes; ``None`` derives them from the shapes.
 
     Returns:
@@ -53,10 +71,11 @@ def linear_cross_entropy(
     Reference: Erik Wijmans, Brody Huval, Alexander Hertzberg, Vladlen Koltun, Philipp
     Krähenbühl, "Cut Your Losses in Large-Vocabulary Language Models", 2024, arXiv:2411.09009.
 
-    Differences from the paper: no gradient is filtered out for being small and the vocabulary
-    is not sorted, so gradients are exact; the mean logit is an output as well.
+    Differences from the paper: small gradients are left out only where ``config.skip_below``
+    asks for it, by what all outputs have in common and relative to each token's incoming
+    gradient; the vocabulary is not sorted; the mean logit is an output as well.
     """
-    return _OPERATION(
+    return _LINEAR_CROSS_ENTROPY(
         impl,
         hidden=hidden,
         weight=weight,
@@ -67,4 +86,57 @@ def linear_cross_entropy(
     )
 
 
-__all__ = ["LinearCrossEntropyConfig", "TargetLogits", "linear_cross_entropy"]
+def vocabulary_statistics(
+    *,
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    bias: Float[Array, " V"] | None = None,
+    softcap: float | None = None,
+    impl: Literal["ref", "xla", "tpu"] | None = None,
+    config: LinearCrossEntropyConfig | None = None,
+) -> VocabularyStatistics:
+    """:func:`linear_cross_entropy` with the entropy and the arg-max of each token's softmax.
+
+    With ``z`` as there and ``p = softmax(z)``, ``entropy = -Σ_v p[v] log p[v]`` and
+    ``best = argmax_v z[v]``, in the same pass over the vocabulary. Differentiable through all
+    but ``best``: ``∂entropy/∂z[v] = -p[v] (z[v] - Σ_u p[u] z[u])``.
+
+    Args:
+        hidden: as there, ``[B, T, D]``.
+        weight: as there, ``[V, D]``.
+        targets: as there, ``[B, T]``; any ids where ``target`` is not used.
+        bias: as there, ``[V]``.
+        softcap: as there.
+        impl: as there.
+        config: as there.
+
+    Returns:
+        ``[B, T]`` each: float32 ``target``, ``log_sum_exp``, ``mean``, ``entropy`` in nats, and
+        int32 ``best``, the lowest of equal ids.
+
+    Raises:
+        ValueError: ``impl`` cannot run; the message has the reason.
+
+    Reference: that of :func:`linear_cross_entropy`.
+
+    Differences from the paper: entropy and arg-max are additions.
+    """
+    return _VOCABULARY_STATISTICS(
+        impl,
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
+        bias=bias,
+        softcap=softcap,
+        config=config or LinearCrossEntropyConfig(),
+    )
+
+
+__all__ = [
+    "LinearCrossEntropyConfig",
+    "TargetLogits",
+    "VocabularyStatistics",
+    "linear_cross_entropy",
+    "vocabulary_statistics",
+]

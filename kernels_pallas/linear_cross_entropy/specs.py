@@ -1,9 +1,14 @@
-"""The result, the block sizes, and the shapes that tests and benchmarks share."""
+"""The results, the block sizes, and the shapes that tests and benchmarks share."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+# What a kernel may hold in VMEM, of 64 MiB (v5p, tpu7x) to 128 MiB (v5e, v6e) that a core has.
+VMEM_BYTES = 48 * 2**20
+
+Pass = Literal["forward", "by_hidden", "by_weight"]
 
 
 class TargetLogits(NamedTuple):
@@ -20,16 +25,54 @@ class TargetLogits(NamedTuple):
     mean: Float[Array, "B T"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearCrossEntropyConfig:
-    """Block sizes.
+class VocabularyStatistics(NamedTuple):
+    """:class:`TargetLogits`, and what a policy or an adaptive method asks of the distribution.
 
     Attributes:
-        block_vocabulary: vocabulary entries whose logits are alive at a time, for all tokens;
-            ``None`` derives it from the shapes.
+        target: logit of the target, float32.
+        log_sum_exp: log-sum-exp of the logits, float32.
+        mean: mean of the logits, float32.
+        entropy: entropy of their softmax in nats, float32.
+        best: the first id with the highest logit, int32; without gradient.
+    """
+
+    target: Float[Array, "B T"]
+    log_sum_exp: Float[Array, "B T"]
+    mean: Float[Array, "B T"]
+    entropy: Float[Array, "B T"]
+    best: Int[Array, "B T"]
+
+
+class Tile(NamedTuple):
+    """Tokens and vocabulary entries whose logits a TPU kernel holds at a time."""
+
+    tokens: int
+    vocabulary: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearCrossEntropyConfig:
+    """Block sizes and what to leave out.
+
+    Attributes:
+        block_vocabulary: vocabulary entries whose logits are alive at a time: for all tokens
+            with ``"xla"``, for ``block_tokens`` of them with ``"tpu"``; ``None`` derives it from
+            the shapes.
+        block_tokens: tokens of a tile of ``"tpu"``; ``None`` derives it from the shapes.
+        skip_below: ``"tpu"`` leaves a tile out of the matrix products of the backward pass where
+            every gradient by a logit is at most this, as a share of the largest of the token's
+            incoming gradients ``s[n] = max(|by target|, |by log_sum_exp|, |by entropy|)``; so
+            ``|error of by_hidden[n, d]| <= skip_below · s[n] · Σ_v |weight[v, d]|``. A tile
+            with a token whose ``mean`` has a gradient is never left out: that gradient is as
+            small everywhere, and not small in sum. 0 is exact; the paper has 2**-12 for bfloat16.
+        interpret: of ``pallas_call``: ``True`` or ``pltpu.InterpretParams`` for a machine
+            without a TPU.
     """
 
     block_vocabulary: int | None = None
+    block_tokens: int | None = None
+    skip_below: float = 0.0
+    interpret: Any = False
 
     def block(self, tokens: int, vocabulary: int) -> int:
         """The block size for ``tokens`` rows: about 16 MiB of logits, blocks of about one size.
@@ -39,6 +82,55 @@ class LinearCrossEntropyConfig:
         limit = self.block_vocabulary or min(max(2**22 // tokens, 512), 4096)
         blocks = -(-vocabulary // limit)
         return -(-vocabulary // blocks)
+
+    def tile(
+        self, which: Pass, *, tokens: int, vocabulary: int, width: int, itemsize: int
+    ) -> Tile | None:
+        """The tile of a TPU kernel, or ``None`` where not even the smallest fits VMEM.
+
+        The side that stays while the other streams is the long one: each byte that streams
+        is used once per entry of it, and HBM keeps up from some 600 entries on (v6e).
+        """
+        stays, streams = (1024, 512, 256, 128), (512, 256, 128)
+        tiles = [(stay, stream) for stay in stays for stream in streams if stream <= stay]
+        if which == "by_weight":
+            sides = [Tile(tokens=stream, vocabulary=stay) for stay, stream in tiles]
+        else:
+            sides = [Tile(tokens=stay, vocabulary=stream) for stay, stream in tiles]
+        for side in sides:
+            tile = Tile(
+                tokens=self.block_tokens or min(side.tokens, _rounded(tokens)),
+                vocabulary=self.block_vocabulary or min(side.vocabulary, _rounded(vocabulary)),
+            )
+            if vmem_bytes(which, tile, width, itemsize) <= VMEM_BYTES:
+                return tile
+        return None
+
+
+def vmem_bytes(which: Pass, tile: Tile, width: int, itemsize: int) -> int:
+    """Estimate of what a TPU kernel holds: blocks twice for the pipeline, sums and products once.
+
+    Args:
+        which: the kernel.
+        tile: its tile.
+        width: model width.
+        itemsize: bytes of an element of the wider of the hidden states and the weight.
+    """
+    width = _rounded(width)
+    products = 1 if which == "forward" else 2
+    held = 4 * 4 * tile.tokens * tile.vocabulary
+    held += 2 * itemsize * (tile.tokens + tile.vocabulary) * width
+    if itemsize == 4:
+        # Exact float32 products are made of three bfloat16 parts of each operand.
+        held += products * 3 * 2 * (tile.tokens + tile.vocabulary) * width
+    if which != "forward":
+        rows = tile.tokens if which == "by_hidden" else tile.vocabulary
+        held += 2 * itemsize * rows * width + 2 * 4 * rows * width
+    return held
+
+
+def _rounded(size: int) -> int:
+    return -(-size // 128) * 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,4 +154,5 @@ SHAPES = {
     "laptop-8k": Shape(batch=8, length=512, width=384, vocabulary=8192),
     "laptop-32k": Shape(batch=8, length=512, width=384, vocabulary=32768),
     "laptop-128k": Shape(batch=8, length=512, width=384, vocabulary=128256),
+    "gemma-2-2b": Shape(batch=1, length=8192, width=2304, vocabulary=256_000),
 }
