@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
@@ -43,6 +44,31 @@ class MaskRule(Protocol):
         ...
 
 
+@runtime_checkable
+class RangeRule(MaskRule, Protocol):
+    """A rule that can tell from ranges of positions that it hides nothing.
+
+    A kernel leaves out the mask of such a pair of blocks; of other rules it masks every pair.
+    """
+
+    def all_visible(
+        self,
+        q_first: Int[Array, "..."],
+        q_last: Int[Array, "..."],
+        kv_first: Int[Array, "..."],
+        kv_last: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """Whether every query position sees every key position, in one segment, padding aside.
+
+        Args:
+            q_first: lowest position of the queries.
+            q_last: highest position of the queries.
+            kv_first: lowest position of the keys.
+            kv_last: highest position of the keys.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bidirectional:
     """Every token sees its whole segment."""
@@ -56,6 +82,16 @@ class Bidirectional:
     ) -> Bool[Array, "..."]:
         """Same segment, not padding."""
         return _same_segment(q_seg, kv_seg)
+
+    def all_visible(
+        self,
+        q_first: Int[Array, "..."],
+        q_last: Int[Array, "..."],
+        kv_first: Int[Array, "..."],
+        kv_last: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """Always."""
+        return jnp.ones(jnp.broadcast_shapes(q_first.shape, kv_first.shape), bool)
 
     def block_map(
         self, block_q: int, block_k: int, num_q: int, num_k: int
@@ -77,6 +113,16 @@ class Causal:
     ) -> Bool[Array, "..."]:
         """Same segment and ``kv_pos <= q_pos``."""
         return _same_segment(q_seg, kv_seg) & (kv_pos <= q_pos)
+
+    def all_visible(
+        self,
+        q_first: Int[Array, "..."],
+        q_last: Int[Array, "..."],
+        kv_first: Int[Array, "..."],
+        kv_last: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """No key is after the first query."""
+        return kv_last <= q_first
 
     def block_map(
         self, block_q: int, block_k: int, num_q: int, num_k: int
@@ -105,6 +151,16 @@ class SlidingWindow:
         """Same segment and ``q_pos - size < kv_pos <= q_pos``."""
         near = (kv_pos <= q_pos) & (q_pos - kv_pos < self.size)
         return _same_segment(q_seg, kv_seg) & near
+
+    def all_visible(
+        self,
+        q_first: Int[Array, "..."],
+        q_last: Int[Array, "..."],
+        kv_first: Int[Array, "..."],
+        kv_last: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """No key is after the first query, and the first key is in reach of the last query."""
+        return (kv_last <= q_first) & (q_last - kv_first < self.size)
 
     def block_map(
         self, block_q: int, block_k: int, num_q: int, num_k: int

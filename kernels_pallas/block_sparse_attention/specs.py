@@ -1,6 +1,14 @@
 """Block sizes, and the shapes that tests and benchmarks share."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Log-sum-exp of a query that sees no key: finite, so that merging and gradients need no care.
+NOTHING = -1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -8,15 +16,30 @@ class BlockSparseAttentionConfig:
     """Block sizes.
 
     Attributes:
-        block: queries, and granularity of keys, handled at a time; ``None`` derives it from the
-            length.
+        block: of ``"xla"``: queries, and granularity of keys, handled at a time; ``None``
+            derives it from the length.
+        block_q: of ``"tpu"``: queries handled at a time; ``None`` derives it from the length.
+        block_k: of ``"tpu"``: keys handled at a time; likewise.
+        interpret: of ``"tpu"``: the ``interpret`` of ``pallas_call``; true runs the kernel
+            anywhere, slowly.
     """
 
     block: int | None = None
+    block_q: int | None = None
+    block_k: int | None = None
+    interpret: Any = False
 
     def of(self, length: int) -> int:
         """The block size for ``length`` queries: at least 128, and at most 16 blocks."""
         return min(length, self.block or max(128, -(-length // 16)))
+
+    def tiles(self, queries: int, keys: int) -> tuple[int, int]:
+        """Queries and keys that the TPU handles at a time: 512, or all in whole lanes of 128."""
+        return self.block_q or _tile(queries), self.block_k or _tile(keys)
+
+
+def _tile(length: int) -> int:
+    return min(512, -(-length // 128) * 128)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +52,7 @@ class Shape:
         heads: query heads.
         kv_heads: key/value heads.
         width: width of a head.
+        window: positions that a token sees; ``None`` for all before it.
     """
 
     batch: int
@@ -36,6 +60,7 @@ class Shape:
     heads: int
     kv_heads: int
     width: int
+    window: int | None = None
 
 
 SHAPES = {
@@ -44,3 +69,54 @@ SHAPES = {
     "laptop-256": Shape(batch=8, length=256, heads=8, kv_heads=8, width=32),
     "laptop-2048": Shape(batch=1, length=2048, heads=6, kv_heads=6, width=64),
 }
+
+# What a TPU runs; the first is the one that schedules are compared at.
+TPU_SHAPES = {
+    "tpu-4096": Shape(batch=1, length=4096, heads=8, kv_heads=8, width=128),
+    "tpu-4096-grouped": Shape(batch=1, length=4096, heads=8, kv_heads=2, width=128),
+    "tpu-4096-window": Shape(batch=1, length=4096, heads=8, kv_heads=8, width=128, window=1024),
+    "tpu-2048-narrow": Shape(batch=2, length=2048, heads=8, kv_heads=8, width=64),
+    "tpu-2048-wide": Shape(batch=1, length=2048, heads=4, kv_heads=1, width=256),
+}
+
+
+def program(
+    *,
+    shape: str,
+    dtype: str,
+    backward: bool,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A call of a named shape, or its gradient, for ``kernels_pallas.common.schedule``."""
+    # Above this module: the operation itself takes the config from here.
+    import kernels_pallas.block_sparse_attention as op
+
+    named = (SHAPES | TPU_SHAPES)[shape]
+    rule = op.Causal() if named.window is None else op.SlidingWindow(size=named.window)
+    tokens = jax.ShapeDtypeStruct((named.batch, named.length), jnp.int32)
+    arrays = tuple(
+        jax.ShapeDtypeStruct((named.batch, named.length, heads, named.width), dtype)
+        for heads in (named.heads, named.kv_heads, named.kv_heads)
+    )
+
+    def attend(q: Any, k: Any, v: Any, positions: Any, segments: Any) -> Any:
+        return op.block_sparse_attention(
+            q=q,
+            k=k,
+            v=v,
+            q_positions=positions,
+            kv_positions=positions,
+            q_segments=segments,
+            kv_segments=segments,
+            rule=rule,
+            scale=named.width**-0.5,
+            impl="tpu",
+            config=BlockSparseAttentionConfig(block_q=block_q, block_k=block_k),
+        )
+
+    def loss(*arguments: Any) -> Any:
+        return jnp.sum(attend(*arguments).astype(jnp.float32))
+
+    function = jax.grad(loss, argnums=(0, 1, 2)) if backward else attend
+    return function, (*arrays, tokens, tokens)

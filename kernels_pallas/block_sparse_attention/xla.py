@@ -4,12 +4,15 @@ Scores are held transposed, keys by queries. Then all seven matrix products of t
 backward pass contract the last axis of the left side with the first of the right, which is what
 a CPU runs fastest, and the softmax reduces over the outer axis, which vectorises.
 
+A static map is a loop over its pairs, of all rows at a time; lists at run time are a loop over
+their slots, of all blocks of queries at a time, whose blocks of keys are gathered.
+
 Axes: ``b`` rows, ``k`` key/value heads, ``g`` query heads of one of them, ``t`` queries,
-``s`` keys, ``e`` width.
+``s`` keys, ``e`` width; ``n`` blocks.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +20,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.block_sparse_attention import blocks as block_lists
+from kernels_pallas.block_sparse_attention.blocks import Tokens
 from kernels_pallas.block_sparse_attention.masks import MaskRule
-from kernels_pallas.block_sparse_attention.specs import BlockSparseAttentionConfig
+from kernels_pallas.block_sparse_attention.specs import NOTHING, BlockSparseAttentionConfig
 
-# Stands in for -inf, whose differences would be NaN.
-_NEVER = -1e30
+# Masked scores; below NOTHING, so that a query that sees nothing has weights of zero, not of one.
+_NEVER = 2 * NOTHING
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -30,14 +35,16 @@ class _Static(NamedTuple):
     rule: MaskRule
     scale: float
     softcap: float | None
-    block: int
+    block_q: int
+    block_k: int
 
 
-class _Tokens(NamedTuple):
-    q_positions: Int[Array, "B T"]
-    kv_positions: Int[Array, "B S"]
-    q_segments: Int[Array, "B T"]
-    kv_segments: Int[Array, "B S"]
+class _Running(NamedTuple):
+    """Of an online softmax."""
+
+    highest: Float[Array, "*N K G T"]
+    total: Float[Array, "*N K G T"]
+    out: Float[Array, "*N K E G T"]
 
 
 def supports(
@@ -45,15 +52,17 @@ def supports(
     q: Float[Array, "B T H E"],
     k: Float[Array, "B S K E"],
     rule: MaskRule,
+    blocks: Int[Array, "B Q N"] | None,
     config: BlockSparseAttentionConfig,
     **others: object,
 ) -> str | None:
     """Why this form cannot run, or ``None``: skipping blocks needs queries that are the keys."""
     del others
     queries, keys = q.shape[1], k.shape[1]
-    if queries == keys or _block_map(rule, config.of(queries), queries, keys).all():
+    block = config.of(queries)
+    if blocks is not None:
         return None
-    return f"{rule} skips blocks by index, which needs as many queries ({queries}) as keys ({keys})"
+    return block_lists.static_map_refusal(rule, block, block, queries, keys)
 
 
 def block_sparse_attention(
@@ -68,95 +77,162 @@ def block_sparse_attention(
     rule: MaskRule,
     scale: float,
     softcap: float | None,
+    blocks: Int[Array, "B Q N"] | None,
+    block_shape: tuple[int, int],
     config: BlockSparseAttentionConfig,
-) -> Float[Array, "B T H E"]:
-    """See :func:`kernels_pallas.block_sparse_attention.block_sparse_attention`."""
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
+    """See :func:`kernels_pallas.block_sparse_attention.partial_attention`."""
     queries, keys = q.shape[1], k.shape[1]
-    static = _Static(rule, scale, softcap, config.of(queries))
-    tokens = _Tokens(q_positions, kv_positions, q_segments, kv_segments)
-    out = _attention(static, q, k, v, tokens)
-    if _block_map(rule, static.block, queries, keys).all():
-        return out
-    return jnp.where(_in_order(tokens)[:, None, None, None], out, jnp.nan)
+    tokens = Tokens(q_positions, kv_positions, q_segments, kv_segments)
+    if blocks is not None:
+        blocks = block_lists.distinct(blocks, block_lists.count(keys, block_shape[1]))
+        return _attention(_Static(rule, scale, softcap, *block_shape), q, k, v, tokens, blocks)
+    block = config.of(queries)
+    static = _Static(rule, scale, softcap, block, block)
+    out, log_sum_exp = _attention(static, q, k, v, tokens, None)
+    if block_lists.static_map(rule, block, block, queries, keys).all():
+        return out, log_sum_exp
+    right = block_lists.in_order(tokens)
+    return (
+        jnp.where(right[:, None, None, None], out, jnp.nan),
+        jnp.where(right[:, None, None], log_sum_exp, jnp.nan),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q, k, v, tokens: _Tokens):
-    return _forward(static, q, k, v, tokens)[0]
+def _attention(static: _Static, q, k, v, tokens: Tokens, blocks):
+    return _forward(static, q, k, v, tokens, blocks)[0]
 
 
-def _forward(static: _Static, q, k, v, tokens: _Tokens):
+def _forward(static: _Static, q, k, v, tokens: Tokens, blocks):
     groups = q.shape[2] // k.shape[2]
-    blocked = _blocked_tokens(tokens, static.block)
-    q_egt = _blocked(q, static.block, groups, "nbkegt")
-    k_se = _blocked(k, static.block, 1, "nbkgte")[:, :, :, 0]
-    v_es = _blocked(v, static.block, 1, "nbkegt")[:, :, :, :, 0]
+    blocked = _blocked_tokens(static, tokens)
+    q_egt = _blocked(q, static.block_q, groups, "nbkegt")
+    k_se = _blocked(k, static.block_k, 1, "nbkgte")[:, :, :, 0]
+    v_es = _blocked(v, static.block_k, 1, "nbkegt")[:, :, :, :, 0]
 
-    def accumulate(carry, pair):
-        (i, j), (highest, total, out) = pair, carry
-        scores = _masked(static, _scores(static, k_se[j], q_egt[i]), blocked, i, j)
-        higher = jnp.maximum(highest[i], jnp.max(scores, axis=2))
-        weights = jnp.exp(scores - higher[:, :, None])
-        kept = jnp.exp(highest[i] - higher)
-        block = _product("bkes,bksgt->bkegt", v_es[j], weights.astype(v.dtype))
-        return (
-            _put(highest, i, higher),
-            _put(total, i, total[i] * kept + jnp.sum(weights, axis=2)),
-            _put(out, i, out[i] * kept[:, :, None] + block),
-        ), None
+    def one_pair(running, pair):
+        i, j = pair
+        before = _Running(*(x[i] for x in running))
+        visible = _visible(static, _q_side(blocked, i), _kv_side(blocked, j))
+        after = _accumulate(static, before, q_egt[i], k_se[j], v_es[j], visible)
+        return _Running(*(_put(x, i, y) for x, y in zip(running, after, strict=True))), None
+
+    def one_slot(running, slot):
+        at = _gather(slot)
+        visible = _listed_visible(static, blocked, slot)
+        return _accumulate(static, running, q_egt, k_se[at], v_es[at], visible), None
 
     out = jnp.zeros(q_egt.shape, jnp.float32)
     total = jnp.zeros_like(out[:, :, :, 0])
-    # Above _NEVER, so that a query that sees nothing has weights of zero, not of one.
-    highest = jnp.full_like(total, 0.5 * _NEVER)
-    pairs = _pairs(static, q.shape[1], k.shape[1])
-    (highest, total, out), _ = lax.scan(accumulate, (highest, total, out), pairs)
-    total = jnp.where(total > 0, total, 1.0)
-    out = _whole(out / total[:, :, :, None], "nbkegt", q)
-    return out, (q, k, v, tokens, out, highest + jnp.log(total))
+    running = _Running(jnp.full_like(total, NOTHING), total, out)
+    if blocks is None:
+        running, _ = lax.scan(one_pair, running, _pairs(static, q.shape[1], k.shape[1]))
+    else:
+        running, _ = lax.scan(one_slot, running, blocks.transpose(2, 1, 0))
+    total = jnp.where(running.total > 0, running.total, 1.0)
+    out = _whole(running.out / total[:, :, :, None], "nbkegt", q)
+    log_sum_exp = (running.highest + jnp.log(total))[:, :, :, None]
+    like = jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)
+    log_sum_exp = _whole(log_sum_exp, "nbkegt", like)
+    return (out, log_sum_exp[..., 0]), (q, k, v, tokens, blocks, out, log_sum_exp)
 
 
-def _backward(static: _Static, residuals, cotangent):
-    q, k, v, tokens, out, log_sum_exp = residuals
-    groups, size = q.shape[2] // k.shape[2], static.block
-    blocked = _blocked_tokens(tokens, size)
-    q_egt, o_egt = (_blocked(x, size, groups, "nbkegt") for x in (q, cotangent))
-    q_gte, o_gte = (_blocked(x, size, groups, "nbkgte") for x in (q, cotangent))
-    k_se, v_se = (_blocked(x, size, 1, "nbkgte")[:, :, :, 0] for x in (k, v))
-    k_es = _blocked(k, size, 1, "nbkegt")[:, :, :, :, 0]
+def _backward(static: _Static, residuals, cotangents):
+    q, k, v, tokens, blocks, out, log_sum_exp = residuals
+    cotangent, by_log_sum_exp = cotangents
+    groups = q.shape[2] // k.shape[2]
+    blocked = _blocked_tokens(static, tokens)
     inner = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
-    inner = _blocked(inner[..., None], size, groups, "nbkegt")[:, :, :, 0]
+    inner = (inner - by_log_sum_exp)[..., None]
 
-    def accumulate(carry, pair):
-        (i, j), (q_gradient, k_gradient, v_gradient) = pair, carry
-        scores = _scores(static, k_se[j], q_egt[i])
-        weights = jnp.exp(_masked(static, scores, blocked, i, j) - log_sum_exp[i][:, :, None])
-        by_weights = _product("bkse,bkegt->bksgt", v_se[j], o_egt[i])
-        by_scores = weights * (by_weights - inner[i][:, :, None]) * static.scale
-        if static.softcap is not None:
-            by_scores *= 1.0 - jnp.square(scores / static.softcap)
-        by_scores, weights = by_scores.astype(q.dtype), weights.astype(q.dtype)
-        to_q = _product("bkes,bksgt->bkegt", k_es[j], by_scores)
-        to_k = _product("bksgt,bkgte->bkse", by_scores, q_gte[i])
-        to_v = _product("bksgt,bkgte->bkse", weights, o_gte[i])
-        return (
-            _put(q_gradient, i, q_gradient[i] + to_q),
-            _put(k_gradient, j, k_gradient[j] + to_k),
-            _put(v_gradient, j, v_gradient[j] + to_v),
-        ), None
+    def of_queries(x, axes="nbkegt"):
+        return _blocked(x, static.block_q, groups, axes)
 
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q_egt, k_se, v_se)]
-    pairs = _pairs(static, q.shape[1], k.shape[1])
-    (q_gradient, k_gradient, v_gradient), _ = lax.scan(accumulate, tuple(zeros), pairs)
+    k_se, v_se = (_blocked(x, static.block_k, 1, "nbkgte")[:, :, :, 0] for x in (k, v))
+    queries = _Queries(
+        of_queries(q),
+        of_queries(q, "nbkgte"),
+        of_queries(cotangent),
+        of_queries(cotangent, "nbkgte"),
+        of_queries(log_sum_exp)[:, :, :, 0],
+        of_queries(inner)[:, :, :, 0],
+    )
+    k_es = _blocked(k, static.block_k, 1, "nbkegt")[:, :, :, :, 0]
+
+    def one_pair(gradients, pair):
+        i, j = pair
+        visible = _visible(static, _q_side(blocked, i), _kv_side(blocked, j))
+        own = _Queries(*(x[i] for x in queries))
+        to_q, to_k, to_v = _gradients(static, own, k_se[j], k_es[j], v_se[j], visible)
+        of_q, of_k, of_v = gradients
+        of_q = _put(of_q, i, of_q[i] + to_q)
+        return (of_q, _put(of_k, j, of_k[j] + to_k), _put(of_v, j, of_v[j] + to_v)), None
+
+    def one_slot(gradients, slot):
+        at = _gather(slot)
+        visible = _listed_visible(static, blocked, slot)
+        to_q, to_k, to_v = _gradients(static, queries, k_se[at], k_es[at], v_se[at], visible)
+        of_q, of_k, of_v = gradients
+        return (of_q + to_q, of_k.at[at].add(to_k), of_v.at[at].add(to_v)), None
+
+    gradients = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries.q_egt, k_se, v_se))
+    if blocks is None:
+        gradients, _ = lax.scan(one_pair, gradients, _pairs(static, q.shape[1], k.shape[1]))
+    else:
+        gradients, _ = lax.scan(one_slot, gradients, blocks.transpose(2, 1, 0))
     return (
-        _whole(q_gradient, "nbkegt", q),
-        _whole(k_gradient[:, :, :, None], "nbkgte", k),
-        _whole(v_gradient[:, :, :, None], "nbkgte", v),
+        _whole(gradients[0], "nbkegt", q),
+        _whole(gradients[1][:, :, :, None], "nbkgte", k),
+        _whole(gradients[2][:, :, :, None], "nbkgte", v),
+        None,
         None,
     )
 
 
 _attention.defvjp(_forward, _backward)
+
+
+class _Queries(NamedTuple):
+    """What the backward pass needs of queries, with ``o`` the gradient by their results."""
+
+    q_egt: Float[Array, "*N K E G T"]
+    q_gte: Float[Array, "*N K G T E"]
+    o_egt: Float[Array, "*N K E G T"]
+    o_gte: Float[Array, "*N K G T E"]
+    log_sum_exp: Float[Array, "*N K G T"]
+    inner: Float[Array, "*N K G T"]
+
+
+def _accumulate(static: _Static, running: _Running, q_egt, k_se, v_es, visible) -> _Running:
+    """One more block of keys for blocks of queries."""
+    scores = jnp.where(visible, _scores(static, k_se, q_egt), _NEVER)
+    higher = jnp.maximum(running.highest, jnp.max(scores, axis=-3))
+    weights = jnp.exp(scores - higher[..., None, :, :])
+    kept = jnp.exp(running.highest - higher)
+    block = _product("...kes,...ksgt->...kegt", v_es, weights.astype(v_es.dtype))
+    return _Running(
+        higher,
+        running.total * kept + jnp.sum(weights, axis=-3),
+        running.out * kept[..., None, :, :] + block,
+    )
+
+
+def _gradients(static: _Static, own: _Queries, k_se, k_es, v_se, visible):
+    """By queries, keys and values, of blocks of queries with a block of keys each."""
+    scores = _scores(static, k_se, own.q_egt)
+    shown = jnp.where(visible, scores, _NEVER)
+    weights = jnp.exp(shown - own.log_sum_exp[..., None, :, :])
+    by_weights = _product("...kse,...kegt->...ksgt", v_se, own.o_egt)
+    by_scores = weights * (by_weights - own.inner[..., None, :, :]) * static.scale
+    if static.softcap is not None:
+        by_scores *= 1.0 - jnp.square(scores / static.softcap)
+    by_scores, weights = by_scores.astype(k_se.dtype), weights.astype(k_se.dtype)
+    return (
+        _product("...kes,...ksgt->...kegt", k_es, by_scores),
+        _product("...ksgt,...kgte->...kse", by_scores, own.q_gte),
+        _product("...ksgt,...kgte->...kse", weights, own.o_gte),
+    )
 
 
 def _blocked(x: Float[Array, "B T H E"], block: int, groups: int, axes: str) -> Float[Array, "..."]:
@@ -167,60 +243,66 @@ def _blocked(x: Float[Array, "B T H E"], block: int, groups: int, axes: str) -> 
     return jnp.einsum(f"bntkge->{axes}", x)
 
 
-def _whole(x: Float[Array, "..."], axes: str, like: Float[Array, "B T H E"]) -> Float[Array, "..."]:
+def _whole(x: Float[Array, "..."], axes: str, like: Any) -> Float[Array, "..."]:
     """Undoes ``_blocked``, in the shape and dtype of ``like``."""
     x = jnp.einsum(f"{axes}->bntkge", x)
     return x.reshape(like.shape[0], -1, *like.shape[2:])[:, : like.shape[1]].astype(like.dtype)
 
 
-def _blocked_tokens(tokens: _Tokens, block: int) -> _Tokens:
+def _blocked_tokens(static: _Static, tokens: Tokens) -> Tokens:
     """``[n, B, t]``; padding is segment 0."""
 
-    def blocked(x):
+    def blocked(x, block):
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)))
         return x.reshape(x.shape[0], -1, block).swapaxes(0, 1)
 
-    return _Tokens(*map(blocked, tokens))
+    sizes = (static.block_q, static.block_k) * 2
+    return Tokens(*map(blocked, tokens, sizes))
 
 
 def _put(blocks: Float[Array, "..."], index: Int[Array, ""], block: Float[Array, "..."]):
     return lax.dynamic_update_index_in_dim(blocks, block, index, 0)
 
 
-def _block_map(rule: MaskRule, block: int, queries: int, keys: int) -> Bool[np.ndarray, "nq nk"]:
-    return rule.block_map(block, block, -(-queries // block), -(-keys // block))
-
-
 def _pairs(static: _Static, queries: int, keys: int) -> tuple[Int[Array, " P"], Int[Array, " P"]]:
     """The blocks of queries and of keys that may see each other."""
-    i, j = np.nonzero(_block_map(static.rule, static.block, queries, keys))
+    sizes = static.block_q, static.block_k
+    i, j = np.nonzero(block_lists.static_map(static.rule, *sizes, queries, keys))
     return jnp.asarray(i), jnp.asarray(j)
 
 
-def _scores(static: _Static, k_se: Float[Array, "B K S E"], q_egt: Float[Array, "B K E G T"]):
-    scores = _product("bkse,bkegt->bksgt", k_se, q_egt) * static.scale
+def _gather(slot: Int[Array, "Q B"]) -> tuple[Int[Array, "Q B"], Int[Array, "1 B"]]:
+    """Index of the block of keys that each block of queries lists, any one if it lists none."""
+    return jnp.maximum(slot, 0), jnp.arange(slot.shape[1])[None]
+
+
+def _scores(static: _Static, k_se: Float[Array, "*N K S E"], q_egt: Float[Array, "*N K E G T"]):
+    scores = _product("...kse,...kegt->...ksgt", k_se, q_egt) * static.scale
     if static.softcap is None:
         return scores
     return static.softcap * jnp.tanh(scores / static.softcap)
 
 
-def _masked(static: _Static, scores, blocked: _Tokens, i: Int[Array, ""], j: Int[Array, ""]):
-    visible = static.rule(
-        blocked.q_positions[i][:, None, None, None, :],
-        blocked.kv_positions[j][:, None, :, None, None],
-        blocked.q_segments[i][:, None, None, None, :],
-        blocked.kv_segments[j][:, None, :, None, None],
+def _q_side(blocked: Tokens, index: Array | slice) -> tuple[Array, Array]:
+    return blocked.q_positions[index], blocked.q_segments[index]
+
+
+def _kv_side(blocked: Tokens, index: Array | tuple[Array, Array]) -> tuple[Array, Array]:
+    return blocked.kv_positions[index], blocked.kv_segments[index]
+
+
+def _visible(
+    static: _Static, queries: tuple[Array, Array], keys: tuple[Array, Array]
+) -> Bool[Array, "*N 1 S 1 T"]:
+    (q_pos, q_seg), (kv_pos, kv_seg) = queries, keys
+    return static.rule(
+        q_pos[..., None, None, None, :],
+        kv_pos[..., None, :, None, None],
+        q_seg[..., None, None, None, :],
+        kv_seg[..., None, :, None, None],
     )
-    return jnp.where(visible, scores, _NEVER)
 
 
-def _in_order(tokens: _Tokens) -> Bool[Array, " B"]:
-    """Rows for which a map of blocks by index holds (see ``MaskRule.block_map``)."""
-    same = tokens.q_positions == tokens.kv_positions
-    same &= tokens.q_segments == tokens.kv_segments
-    order = jnp.argsort(tokens.q_segments, axis=1, stable=True)
-    positions = jnp.take_along_axis(tokens.q_positions, order, axis=1)
-    segments = jnp.take_along_axis(tokens.q_segments, order, axis=1)
-    apart = jnp.diff(positions, axis=1) >= jnp.diff(order, axis=1)
-    apart |= (jnp.diff(segments, axis=1) != 0) | (segments[:, 1:] == 0)
-    return jnp.all(same, axis=1) & jnp.all(apart, axis=1)
+def _listed_visible(static: _Static, blocked: Tokens, slot: Int[Array, "Q B"]):
+    visible = _visible(static, _q_side(blocked, slice(None)), _kv_side(blocked, _gather(slot)))
+    return visible & (slot >= 0)[..., None, None, None, None]

@@ -1,0 +1,141 @@
+"""Pairs of blocks as a flat list for scalar prefetch, one grid step each, none for skipped ones.
+
+An entry packs the *outer* block (the one whose result is being accumulated; its entries are
+adjacent), the *inner* block (the one to load) and flags. Each outer block has an entry, if only
+one that computes nothing, so that each result is written.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from kernels_pallas.block_sparse_attention.blocks import Tokens
+from kernels_pallas.block_sparse_attention.masks import MaskRule, RangeRule
+
+# Flags: the first and the last entry of an outer block; something to compute; nothing to mask.
+FIRST, LAST, LIVE, WHOLE = 1, 2, 4, 8
+_INNER, _OUTER = 4, 18
+MOST_BLOCKS = 1 << 13
+
+
+class Pairs(NamedTuple):
+    """Blocks of queries and of keys, entry by entry; rows share a list if the first axis is 1."""
+
+    q: Int[Array, "R P"]
+    k: Int[Array, "R P"]
+    live: Bool[Array, "R P"]
+
+
+def outer(entry: Int[Array, "..."]) -> Int[Array, "..."]:
+    """The block whose result is accumulated."""
+    return lax.shift_right_logical(entry, _OUTER)
+
+
+def inner(entry: Int[Array, "..."]) -> Int[Array, "..."]:
+    """The block to load."""
+    return lax.shift_right_logical(entry, _INNER) & (MOST_BLOCKS - 1)
+
+
+def static_rows(visible: Bool[np.ndarray, "Q K"]) -> Pairs:
+    """A static map by its rows."""
+    shown = visible.copy()
+    shown[~visible.any(axis=1), 0] = True
+    q, k = np.nonzero(shown)
+    return Pairs(*(jnp.asarray(x)[None] for x in (q, k, visible[q, k])))
+
+
+def static_columns(visible: Bool[np.ndarray, "Q K"]) -> Pairs:
+    """A static map by its columns."""
+    rows = static_rows(visible.T)
+    return Pairs(rows.k, rows.q, rows.live)
+
+
+def listed_rows(blocks: Int[Array, "B Q N"]) -> Pairs:
+    """Lists without repetition (``blocks.distinct``) by their rows."""
+    batch, rows, slots = blocks.shape
+    q = jnp.broadcast_to(jnp.arange(rows)[None, :, None], blocks.shape)
+    q, k = (x.reshape(batch, rows * slots) for x in (q, blocks))
+    return Pairs(q, jnp.maximum(k, 0), k >= 0)
+
+
+def listed_columns(blocks: Int[Array, "B Q N"], num_k: int) -> Pairs:
+    """Lists without repetition by their columns: one entry for each slot and each block."""
+    rows = listed_rows(blocks)
+    batch = blocks.shape[0]
+    every = jnp.broadcast_to(jnp.arange(num_k)[None], (batch, num_k))
+    # Empty slots go last, as entries of the last block that compute nothing.
+    k = jnp.concatenate([jnp.where(rows.live, rows.k, num_k), every], axis=1)
+    q = jnp.concatenate([rows.q, jnp.zeros_like(every)], axis=1)
+    live = jnp.concatenate([rows.live, jnp.zeros_like(every, bool)], axis=1)
+    order = jnp.argsort(k, axis=1, stable=True)
+    q, k, live = (jnp.take_along_axis(x, order, axis=1) for x in (q, k, live))
+    return Pairs(q, jnp.minimum(k, num_k - 1), live)
+
+
+def packed(
+    pairs: Pairs, rule: MaskRule, tokens: Tokens, block_q: int, block_k: int, *, by_rows: bool
+) -> Int[Array, " BP"]:
+    """The entries of every batch row, one after the other.
+
+    Pairs whose segments cannot meet compute nothing and repeat the block before them, so that
+    nothing is loaded for them.
+
+    Args:
+        pairs: sorted by the outer block.
+        rule: tells which pairs need no mask.
+        tokens: padded to whole blocks with segment 0.
+        block_q: queries in a block.
+        block_k: keys in a block.
+        by_rows: the outer blocks are those of queries, not of keys.
+    """
+    queries = _Ranges.of(tokens.q_positions, tokens.q_segments, block_q).at(pairs.q)
+    keys = _Ranges.of(tokens.kv_positions, tokens.kv_segments, block_k).at(pairs.k)
+    live = (queries.low <= keys.high) & (keys.low <= queries.high) & pairs.live
+    whole = live & queries.uniform & keys.uniform
+    if isinstance(rule, RangeRule):
+        whole &= rule.all_visible(queries.first, queries.last, keys.first, keys.last)
+    else:
+        whole = jnp.zeros_like(live)
+    own, other = (pairs.q, pairs.k) if by_rows else (pairs.k, pairs.q)
+    own, other = (jnp.broadcast_to(x, live.shape).astype(jnp.int32) for x in (own, other))
+    change = jnp.diff(own, axis=1) != 0
+    edge = jnp.ones_like(live[:, :1])
+    flags = FIRST * jnp.concatenate([edge, change], axis=1)
+    flags += LAST * jnp.concatenate([change, edge], axis=1)
+    flags += LIVE * live + WHOLE * whole
+    entries = (own << _OUTER) | (_repeat_the_last_live(other, live) << _INNER) | flags
+    return entries.reshape(-1)
+
+
+class _Ranges(NamedTuple):
+    """Of blocks: range of positions, range of segments that are not padding, whether just one."""
+
+    first: Int[Array, "B N"]
+    last: Int[Array, "B N"]
+    low: Int[Array, "B N"]
+    high: Int[Array, "B N"]
+    uniform: Bool[Array, "B N"]
+
+    @classmethod
+    def of(cls, positions: Int[Array, "B T"], segments: Int[Array, "B T"], block: int) -> "_Ranges":
+        batch = positions.shape[0]
+        positions, segments = (x.reshape(batch, -1, block) for x in (positions, segments))
+        limits = jnp.iinfo(segments.dtype)
+        low = jnp.min(jnp.where(segments == 0, limits.max, segments), axis=2)
+        high = jnp.max(jnp.where(segments == 0, limits.min, segments), axis=2)
+        uniform = (low == high) & jnp.all(segments != 0, axis=2)
+        return cls(jnp.min(positions, axis=2), jnp.max(positions, axis=2), low, high, uniform)
+
+    def at(self, index: Int[Array, "R P"]) -> "_Ranges":
+        index = jnp.broadcast_to(index, (self.low.shape[0], index.shape[1]))
+        return _Ranges(*(jnp.take_along_axis(x, index, axis=1) for x in self))
+
+
+def _repeat_the_last_live(x: Int[Array, "B P"], live: Bool[Array, "B P"]) -> Int[Array, "B P"]:
+    """``x`` where live, elsewhere that of the live entry before, or of the first one."""
+    before = lax.cummax(jnp.where(live, jnp.arange(x.shape[1])[None], -1), axis=1)
+    first = jnp.argmax(live, axis=1)[:, None]
+    return jnp.take_along_axis(x, jnp.where(before < 0, first, before), axis=1)
