@@ -29,6 +29,7 @@ from typing import Any
 
 from kernels_pallas.common.aot import TPUS, CannotCompile, compile_tpu
 
+_MODULE = "kernels_pallas.common.schedule"  # __name__ is another one when it is the command
 _BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(?:LH|LB|LE|PB|PF|CT)?\s*:\s")
 _BRANCH = re.compile(r"sbr\.\w+ .*?target = \$region(\d+)")
 _REGION = re.compile(r"(?:Start|Start/End empty) region (\d+)")
@@ -85,7 +86,8 @@ class Schedule:
         """What a grid step that computes runs: all that is not conditional, and what multiplies.
 
         Left out are conditional parts without a matrix product: a first step that clears its
-        accumulators, a last one that writes results.
+        accumulators, a last one that writes results. Parts that multiply and exclude each other
+        are all counted: a kernel with such branches is judged by its ``segments``.
         """
         return tuple(
             segment
@@ -230,7 +232,7 @@ def schedules(program: str, *, topology: str = TPUS["v5e"], **options: Any) -> l
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         environment = {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags}
-        command = [sys.executable, "-m", __name__, "--compile", program, topology]
+        command = [sys.executable, "-m", _MODULE, "--compile", program, topology]
         done = subprocess.run(
             [*command, json.dumps(options)],
             env=os.environ | environment,

@@ -1,8 +1,11 @@
 """The results, the block sizes, and the shapes that tests and benchmarks share."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 # What a kernel may hold in VMEM, of 64 MiB (v5p, tpu7x) to 128 MiB (v5e, v6e) that a core has.
@@ -156,3 +159,22 @@ SHAPES = {
     "laptop-128k": Shape(batch=8, length=512, width=384, vocabulary=128256),
     "gemma-2-2b": Shape(batch=1, length=8192, width=2304, vocabulary=256_000),
 }
+
+
+def program(
+    *, shape: str, dtype: str, backward: bool
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A mean loss of a named shape, or its gradient, for ``kernels_pallas.common.schedule``."""
+    # Above this module: the operation itself takes the config from here.
+    from kernels_pallas.linear_cross_entropy import linear_cross_entropy
+
+    named = SHAPES[shape]
+    hidden = jax.ShapeDtypeStruct((named.batch, named.length, named.width), dtype)
+    weight = jax.ShapeDtypeStruct((named.vocabulary, named.width), dtype)
+    targets = jax.ShapeDtypeStruct((named.batch, named.length), jnp.int32)
+
+    def loss(hidden: Any, weight: Any, targets: Any) -> Any:
+        out = linear_cross_entropy(hidden=hidden, weight=weight, targets=targets, impl="tpu")
+        return jnp.mean(out.log_sum_exp - out.target)
+
+    return jax.grad(loss, (0, 1)) if backward else loss, (hidden, weight, targets)

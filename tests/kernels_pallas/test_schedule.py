@@ -1,5 +1,10 @@
 """The schedule reader, on a matrix product whose cost is known beforehand."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 
 from kernels_pallas.common import aot
@@ -95,3 +100,16 @@ def test_a_program_without_kernels_has_no_schedules():
 def test_what_does_not_compile_says_why():
     with pytest.raises(aot.CannotCompile, match="divisible by 8 and 128"):
         schedules(f"{PROGRAMS}:broken")
+
+
+def test_the_command_prints_a_line_per_kernel():
+    command = [sys.executable, "-m", "kernels_pallas.common.schedule", "token_routing"]
+    done = subprocess.run(
+        [*command, "--shape", "wide-2-of-3", "--topology", aot.TPUS["v6e"]],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    head, *kernels = done.stdout.splitlines()
+    assert head.split()[:3] == ["kernel", "steps", "cycles"] and kernels
