@@ -14,15 +14,15 @@ from tokenlab.core.arrays import Array, Float, Scalar
 
 @flax.struct.dataclass
 class Weighted:
-    """A weighted sum that has not been divided yet.
+    """A weighted sum that has not been divided yet, or several that are divided one by one.
 
     Attributes:
         total: float32 sum of ``values * weights``.
         weight: float32 sum of ``weights``.
     """
 
-    total: Scalar
-    weight: Scalar
+    total: Float[Array, "*R"]
+    weight: Float[Array, "*R"]
 
     @classmethod
     def of(cls, values: Float[Array, "*N"], weights: Float[Array, "*N"]) -> Weighted:
@@ -49,6 +49,9 @@ class Weighted:
         return Weighted(total=self.total + other.total, weight=self.weight + other.weight)
 
     def mean(self) -> Scalar:
-        """``total / weight``, and 0 with zero gradient where the weight is 0."""
+        """``total / weight``, and 0 with zero gradient where the weight is 0.
+
+        Several sums give the sum of their means.
+        """
         safe = jnp.where(self.weight > 0, self.weight, 1.0)
-        return jnp.where(self.weight > 0, self.total, 0.0) / safe
+        return jnp.sum(jnp.where(self.weight > 0, self.total, 0.0) / safe)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.struct
+import jax
 from flax import linen as nn
 from jaxtyping import PyTree
 
@@ -28,8 +31,18 @@ class DepthTrace:
     aux: dict[str, Weighted] = flax.struct.field(default_factory=dict)
 
 
+Remat = Literal["none", "dots", "full"]
+_POLICIES = {"dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, "full": None}
+
+
 class DepthProgram(nn.Module, abc.ABC):
-    """The depth family: runs a block on the tokens it chooses, as often as it chooses."""
+    """The depth family: runs a block on the tokens it chooses, as often as it chooses.
+
+    Attributes:
+        remat: what the backward pass recomputes: nothing, all but matrix products, or everything.
+    """
+
+    remat: Remat = "none"
 
     @abc.abstractmethod
     def __call__(
@@ -45,3 +58,14 @@ class DepthProgram(nn.Module, abc.ABC):
         train: bool = False,
     ) -> tuple[Hidden, DepthTrace, PyTree]:
         """Runs the stack; returns the stream, the trace and the new caches."""
+
+    @nn.nowrap
+    def causal_twin(self) -> DepthProgram:
+        """The program to evaluate and decode with, on the same parameters; itself if causal."""
+        return self
+
+    def _rematerialised(self, body: Callable[..., Any], *, scanned: bool = False) -> Any:
+        """``body`` under the remat policy."""
+        if self.remat == "none":
+            return body
+        return nn.remat(body, policy=_POLICIES[self.remat], prevent_cse=not scanned)

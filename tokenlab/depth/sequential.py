@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import PyTree
@@ -13,9 +10,6 @@ from tokenlab.cache import CachePolicy
 from tokenlab.core.arrays import Hidden, Positions, Segments
 from tokenlab.depth.base import DepthProgram, DepthTrace
 
-Remat = Literal["none", "dots", "full"]
-_POLICIES = {"dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, "full": None}
-
 
 class Sequential(DepthProgram):
     """Applies ``num_layers`` blocks in turn, each with parameters of its own.
@@ -23,11 +17,9 @@ class Sequential(DepthProgram):
     Attributes:
         scan: run the layers as one compiled loop over stacked parameters: compile time does not
             grow with depth. Unrolled layers run faster on a CPU, and decoding needs them.
-        remat: what the backward pass recomputes: nothing, all but matrix products, or everything.
     """
 
     scan: bool = False
-    remat: Remat = "none"
 
     @nn.compact
     def __call__(
@@ -51,8 +43,7 @@ class Sequential(DepthProgram):
                 x, positions=positions, segments=segments, policy=policy, cache=state, train=train
             )
 
-        if self.remat != "none":
-            body = nn.remat(body, policy=_POLICIES[self.remat], prevent_cse=not self.scan)
+        body = self._rematerialised(body, scanned=self.scan)
         if self.scan:
             run = nn.scan(
                 body,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from tokenlab.core.context import Context, View
 from tokenlab.core.errors import UserError
 from tokenlab.data.base import Batch, Corpus
 from tokenlab.evals.base import Evaluation
+from tokenlab.models import Transformer
 from tokenlab.tokenizers.base import Tokenizer
 
 
@@ -62,7 +63,7 @@ class HeldOutText(Evaluation):
     def __call__(
         self, *, model: nn.Module, params: PyTree, tokenizer: Tokenizer
     ) -> dict[str, float]:
-        """Bits per byte, perplexity and counts.
+        """Bits per byte, perplexity and counts, of the model's causal twin.
 
         Raises:
             UserError: there is not one byte to score.
@@ -73,6 +74,7 @@ class HeldOutText(Evaluation):
             raise UserError(
                 f"split {self.split!r} of the corpus is empty; raise its held_out share"
             )
+        model = cast(Transformer, model).causal_twin()
         nats, targets = 0.0, 0
         for batch in self._batches(texts, tokenizer):
             nats -= float(np.sum(np.asarray(row_logp(model, params, batch)), dtype=np.float64))

@@ -11,7 +11,7 @@ import abc
 from flax import linen as nn
 
 from tokenlab.core.arrays import Array, Float
-from tokenlab.models.layers import dense_init, parameter
+from tokenlab.core.parameters import dense_init, parameter
 
 
 class Head(nn.Module, abc.ABC):

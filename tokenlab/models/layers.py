@@ -6,27 +6,13 @@ Parameters are float32; every part computes in the dtype of its input.
 from __future__ import annotations
 
 import abc
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from tokenlab.core.arrays import Array, Float, Hidden, Int
-
-dense_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-
-
-def parameter(
-    module: nn.Module,
-    name: str,
-    init: nn.initializers.Initializer,
-    shape: tuple[int, ...],
-    axes: tuple[str, ...],
-) -> Array:
-    """A float32 parameter of ``module`` whose axes carry logical names."""
-    boxed = nn.with_logical_partitioning(init, axes)
-    return cast(Array, module.param(name, boxed, shape, jnp.float32))
+from tokenlab.core.parameters import dense_init, parameter
 
 
 class Linear(nn.Module):

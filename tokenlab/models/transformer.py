@@ -13,10 +13,11 @@ from jaxtyping import PyTree
 from tokenlab.cache import CachePolicy
 from tokenlab.core.arrays import Array, Float, Hidden, Logits, Positions, Segments, Tokens
 from tokenlab.core.ledger import Ledger
+from tokenlab.core.parameters import parameter
 from tokenlab.depth import DepthProgram, DepthTrace, Sequential
 from tokenlab.models.attention import Attention, Mixer
 from tokenlab.models.heads import Head, TiedHead
-from tokenlab.models.layers import FeedForward, RMSNorm, SwiGLU, parameter
+from tokenlab.models.layers import FeedForward, RMSNorm, SwiGLU
 
 
 class Block(nn.Module):
@@ -140,6 +141,11 @@ class Transformer(nn.Module):
             train=train,
         )
         return ModelOutput(hidden=self.norm(x), trace=trace, cache=cache)
+
+    @nn.nowrap
+    def causal_twin(self) -> Transformer:
+        """The model to evaluate and decode with, on the same parameters; an equal one if causal."""
+        return self.clone(depth=self.depth.causal_twin())
 
     def head_weight(self) -> Float[Array, "V D"]:
         """The vocabulary projection, float32."""

@@ -1,13 +1,23 @@
 """What training minimises: token losses, token weights, and their sum."""
 
-from tokenlab.objectives.base import AllTokens, Objective, Term, TokenLoss, TokenWeights
+from tokenlab.objectives.base import (
+    AllTokens,
+    AuxiliaryTerm,
+    Objective,
+    Summand,
+    Term,
+    TokenLoss,
+    TokenWeights,
+)
 from tokenlab.objectives.next_token import NextToken, SmoothedNextToken, ZLoss
 
 __all__ = [
     "AllTokens",
+    "AuxiliaryTerm",
     "NextToken",
     "Objective",
     "SmoothedNextToken",
+    "Summand",
     "Term",
     "TokenLoss",
     "TokenWeights",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from tokenlab.core.arrays import Scalar, Values, Weights
 from tokenlab.core.context import Context
+from tokenlab.core.errors import UserError
 from tokenlab.core.weighted import Weighted
 
 
@@ -42,18 +43,61 @@ class AllTokens(TokenWeights):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Term:
+class Summand(abc.ABC):
     """One summand of an objective.
+
+    Attributes:
+        coefficient: factor of the summand's mean.
+    """
+
+    coefficient: float = 1.0
+
+    @abc.abstractmethod
+    def __call__(self, context: Context) -> Weighted:
+        """Total and weight, undivided; the weight carries no gradient."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Term(Summand):
+    """A loss of tokens.
 
     Attributes:
         loss: the unreduced loss.
         tokens: the weights of its tokens.
-        coefficient: factor of the term's mean.
     """
 
     loss: TokenLoss
     tokens: TokenWeights = AllTokens()
-    coefficient: float = 1.0
+
+    def __call__(self, context: Context) -> Weighted:
+        """The loss under its own weights and those of the batch."""
+        weights = jax.lax.stop_gradient(self.tokens(context)) * context.batch["weights"]
+        return Weighted.of(self.loss(context), weights)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuxiliaryTerm(Summand):
+    """A loss that the model itself reports, such as that of a router.
+
+    Attributes:
+        name: of the entry of ``trace.aux``.
+        view: the model that is asked.
+    """
+
+    name: str
+    view: str = "policy"
+
+    def __call__(self, context: Context) -> Weighted:
+        """What the forward pass reported.
+
+        Raises:
+            UserError: it reported no loss of that name.
+        """
+        aux = context.output(self.view).trace.aux
+        if self.name not in aux:
+            shown = ", ".join(aux) or "none"
+            raise UserError(f"the model reports no loss {self.name!r}; it has {shown}")
+        return aux[self.name]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,15 +108,11 @@ class Objective:
         terms: the summands by name; metrics carry the names.
     """
 
-    terms: Mapping[str, Term]
+    terms: Mapping[str, Summand]
 
     def __call__(self, context: Context) -> dict[str, Weighted]:
         """Total and weight of every term, undivided; weights carry no gradient."""
-        sums = {}
-        for name, term in self.terms.items():
-            weights = jax.lax.stop_gradient(term.tokens(context)) * context.batch["weights"]
-            sums[name] = Weighted.of(term.loss(context), weights)
-        return sums
+        return {name: term(context) for name, term in self.terms.items()}
 
     def value(self, sums: Mapping[str, Weighted]) -> Scalar | float:
         """The scalar to minimise, from sums over the whole batch."""

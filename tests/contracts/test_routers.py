@@ -1,0 +1,166 @@
+"""Every public router against a slow oracle, and what all of them promise."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenlab.routing
+from tokenlab import config
+from tokenlab.routing import ExpertChoiceRouter, Router, ThresholdRouter
+
+B, T, D = 3, 10, 4
+
+
+def expert_choice(scores, active, limit):
+    best = sorted(np.flatnonzero(active), key=lambda t: (-scores[t], t))
+    return sorted(best[:limit])
+
+
+def threshold(scores, active, limit):
+    return [t for t in np.flatnonzero(active) if scores[t] >= 0]
+
+
+ORACLES = {ExpertChoiceRouter: expert_choice, ThresholdRouter: threshold}
+every = pytest.mark.parametrize("member", ORACLES)
+
+
+def test_the_table_holds_every_public_member():
+    public = {
+        member
+        for member in vars(tokenlab.routing).values()
+        if inspect.isclass(member) and issubclass(member, Router) and not inspect.isabstract(member)
+    }
+    assert public == set(ORACLES)
+
+
+def inputs(seed, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.integers(-3, 4, size=(B, T, D)), dtype)  # ties are common
+    active = jnp.asarray(rng.random((B, T)) < 0.8)
+    weight = jnp.asarray(rng.integers(-2, 3, size=D), jnp.float32)
+    return x, active, {"params": {"kernel": weight}}
+
+
+def run(router, x, active, params, *, capacity=6, limit=5):
+    limit = jnp.full(x.shape[0], limit)
+    return router.apply(params, x, active=active, capacity=capacity, limit=limit)
+
+
+@every
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 999), limit=st.integers(1, 6))
+def test_equals_the_oracle(member, seed, limit):
+    router = member(alpha=0.2, temperature=0.5)
+    x, active, params = inputs(seed)
+    route = run(router, x, active, params, limit=limit)
+    scores = np.asarray(x) @ np.asarray(params["params"]["kernel"]) / 0.5
+    for row in range(B):
+        kept = ORACLES[member](scores[row], np.asarray(active[row]), limit)
+        count = int(route.count[row])
+        assert route.index[row, :count].tolist() == kept
+        assert np.flatnonzero(route.kept[row]).tolist() == kept
+        np.testing.assert_allclose(
+            route.gate[row, :count], 0.2 / (1 + np.exp(-scores[row, kept])), rtol=1e-6
+        )
+    assert route.gate.dtype == jnp.float32 and route.gate.shape == route.index.shape
+    assert int(route.index.min()) >= 0 and int(route.index.max()) < T
+
+
+@every
+def test_nothing_active_picks_nothing_and_is_finite(member):
+    x, active, params = inputs(0)
+
+    def total(params):
+        route = run(member(), x, active & False, params)
+        gates = jnp.where(route.valid(), route.gate, 0).sum()
+        return gates + sum(one.mean() for one in route.aux.values())
+
+    value, gradient = jax.value_and_grad(total)(params)
+    assert float(value) == 0 and not np.any(gradient["params"]["kernel"])
+
+
+@every
+def test_rows_may_come_in_any_order(member):
+    x, active, params = inputs(1)
+    order = jnp.asarray([2, 0, 1])
+    straight, turned = (
+        run(member(), x, active, params),
+        run(member(), x[order], active[order], params),
+    )
+    for name in ("index", "count", "gate", "kept"):
+        np.testing.assert_array_equal(getattr(straight, name)[order], getattr(turned, name))
+
+
+@every
+def test_bfloat16_streams_are_scored_in_float32(member):
+    x, active, params = inputs(2)
+    low = run(member(), x.astype(jnp.bfloat16), active, params)
+    np.testing.assert_array_equal(low.gate, run(member(), x, active, params).gate)
+
+
+@every
+def test_the_second_call_compiles_nothing(member):
+    jitted = jax.jit(lambda p, x, a: run(member(), x, a, p))
+    for seed in (0, 1):
+        x, active, params = inputs(seed)
+        jitted(params, x, active)
+    assert jitted._cache_size() == 1
+
+
+@every
+def test_claims_of_causality_hold_and_the_twin_takes_the_same_parameters(member):
+    router = member()
+    x, active, params = inputs(3)
+    changed = x.at[:, 5:].add(100.0 * params["params"]["kernel"])  # later tokens win
+
+    def early(router, x):
+        return np.asarray(run(router, x, active, params).kept[:, :5])
+
+    twin = router.causal_twin()
+    assert twin.causal and twin.causal_twin() == twin
+    np.testing.assert_array_equal(early(twin, x), early(twin, changed))
+    assert np.array_equal(early(router, x), early(router, changed)) == router.causal
+    made = [
+        jax.eval_shape(
+            lambda r=r: r.init(
+                jax.random.key(0), x, active=active, capacity=6, limit=jnp.ones(B, int)
+            )
+        )
+        for r in (router, twin)
+    ]
+    assert jax.tree.structure(nn.meta.unbox(made[0])) == jax.tree.structure(nn.meta.unbox(made[1]))
+
+
+@every
+def test_gates_carry_the_gradient_to_the_scores(member):
+    x, active, params = inputs(4)
+    x = x + 0.1  # no score is near a boundary that a step of 1e-3 would cross
+
+    def total(weight):
+        route = run(member(), x, active, {"params": {"kernel": weight}})
+        return jnp.where(route.valid(), route.gate, 0).sum()
+
+    weight = params["params"]["kernel"] + 0.37
+    gradient = jax.grad(total)(weight)
+    for d in range(D):
+        step = jnp.zeros(D).at[d].set(1e-2)
+        slope = (total(weight + step) - total(weight - step)) / 2e-2
+        np.testing.assert_allclose(gradient[d], slope, rtol=2e-2, atol=1e-3)
+
+
+@every
+def test_the_object_is_its_own_config(member):
+    router = member(alpha=0.3)
+    loaded = config.load(config.dump(router))
+    assert loaded == router and hash(loaded) == hash(router)
+
+
+@every
+def test_names_its_paper(member):
+    assert "Reference: " in inspect.getdoc(member)

@@ -1,0 +1,64 @@
+"""The router family: picks tokens of each row, and how strongly each is changed."""
+
+from __future__ import annotations
+
+import abc
+from typing import ClassVar
+
+import flax.struct
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int
+from tokenlab.core.weighted import Weighted
+
+
+@flax.struct.dataclass
+class Route:
+    """Picked tokens of each row.
+
+    Attributes:
+        index: positions in the row, in order; those from ``count`` on mean nothing.
+        count: picked tokens of each row.
+        gate: float32 factor of each picked token's update.
+        kept: the same choice as a mask.
+        aux: named auxiliary losses of the router.
+    """
+
+    index: Int[Array, "B C"]
+    count: Int[Array, " B"]
+    gate: Float[Array, "B C"]
+    kept: Bool[Array, "B T"]
+    aux: dict[str, Weighted]
+
+    def valid(self) -> Bool[Array, "B C"]:
+        """Slots that hold a token."""
+        return jnp.arange(self.index.shape[1])[None, :] < self.count[:, None]
+
+
+class Router(nn.Module, abc.ABC):
+    """The router family.
+
+    A member that looks at later tokens says ``causal = False`` and gives in ``causal_twin`` the
+    member with the same parameters by which a model is evaluated and decodes.
+    """
+
+    causal: ClassVar[bool]
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Hidden, *, active: Bool[Array, "B T"], capacity: int, limit: Int[Array, " B"]
+    ) -> Route:
+        """Picks among the active tokens.
+
+        Args:
+            x: the residual stream.
+            active: tokens that may be picked; none of them is padding.
+            capacity: slots C of the result, for members that fill a fixed number.
+            limit: of those, how many a row may use.
+        """
+
+    @nn.nowrap
+    @abc.abstractmethod
+    def causal_twin(self) -> Router:
+        """A causal member with the same parameters; itself where it is causal."""

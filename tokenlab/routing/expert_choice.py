@@ -1,0 +1,115 @@
+"""Expert choice: each computation takes the tokens it scores highest."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int
+from tokenlab.core.parameters import parameter
+from tokenlab.core.weighted import Weighted
+from tokenlab.routing.base import Route, Router
+
+
+class _ScoringRouter(Router):
+    """What the two share: scores ``u = w . x / temperature``, gates ``alpha * sigmoid(u)``."""
+
+    alpha: float = 0.1
+    temperature: float = 1.0
+
+    def _scores(self, x: Hidden) -> Float[Array, "B T"]:
+        init = nn.initializers.normal(0.02)
+        weight = parameter(self, "kernel", init, (x.shape[-1],), ("embed",))
+        return jnp.einsum("btd,d->bt", x.astype(jnp.float32), weight) / self.temperature
+
+    def _route(
+        self,
+        scores: Float[Array, "B T"],
+        picked: Int[Array, "B C"],
+        count: Int[Array, " B"],
+        aux: dict[str, Weighted],
+    ) -> Route:
+        """Puts ``picked`` in order; those from ``count`` on are left out."""
+        rows, length = jnp.arange(picked.shape[0])[:, None], scores.shape[1]
+        used = jnp.arange(picked.shape[1])[None, :] < count[:, None]
+        places = jnp.where(used, picked, length)
+        index = jnp.minimum(jnp.sort(places, axis=1), length - 1)
+        chosen = jnp.take_along_axis(scores, index, axis=1)
+        return Route(
+            index=index,
+            count=count,
+            gate=self.alpha * jax.nn.sigmoid(chosen),
+            kept=jnp.zeros(scores.shape, bool).at[rows, places].set(True, mode="drop"),
+            aux=aux,
+        )
+
+
+class ExpertChoiceRouter(_ScoringRouter):
+    """The tokens of highest score, a fixed number of each row; training only, it sees the future.
+
+    The gradient reaches the scores through the gates. ``aux["membership"]`` is the binary
+    cross-entropy of ``sigmoid(u)`` against the choice, over the tokens that could be picked: it
+    teaches the scores to be read with a threshold, which is how the causal twin picks.
+
+    Reference: Raposo, Ritter, Richards, Lillicrap, Humphreys, Santoro, "Mixture-of-Depths:
+    Dynamically allocating compute in transformer-based language models", 2024,
+    arXiv:2404.02258; as used in Bae et al., "Mixture-of-Recursions: Learning Dynamic Recursive
+    Depths for Adaptive Token-Level Computation", 2025, arXiv:2507.10524.
+
+    Attributes:
+        alpha: the gate of a token of highest confidence.
+        temperature: divides the scores.
+    """
+
+    causal: ClassVar[bool] = False
+
+    @nn.compact
+    def __call__(
+        self, x: Hidden, *, active: Bool[Array, "B T"], capacity: int, limit: Int[Array, " B"]
+    ) -> Route:
+        """The best ``limit`` active tokens of each row; equal scores go to the earlier token."""
+        scores = self._scores(x)
+        ranked = jnp.where(active, jax.lax.stop_gradient(scores), -jnp.inf)
+        picked = jax.lax.top_k(ranked, capacity)[1]
+        count = jnp.minimum(limit, jnp.sum(active, axis=1))
+        route = self._route(scores, picked, count, {})
+        surprise = jax.nn.softplus(scores) - jnp.where(route.kept, scores, 0.0)
+        membership = Weighted.of(surprise, active.astype(jnp.float32))
+        return dataclasses.replace(route, aux={"membership": membership})
+
+    @nn.nowrap
+    def causal_twin(self) -> Router:
+        """A threshold at one half on the same scores."""
+        return ThresholdRouter(alpha=self.alpha, temperature=self.temperature)
+
+
+class ThresholdRouter(_ScoringRouter):
+    """Every active token with ``sigmoid(u) >= 1/2``, however many there are.
+
+    Reference: as ``ExpertChoiceRouter``, whose causal twin it is.
+
+    Attributes:
+        alpha: the gate of a token of highest confidence.
+        temperature: divides the scores.
+    """
+
+    causal: ClassVar[bool] = True
+
+    @nn.compact
+    def __call__(
+        self, x: Hidden, *, active: Bool[Array, "B T"], capacity: int, limit: Int[Array, " B"]
+    ) -> Route:
+        """Each token by its own score; the capacity is the whole row."""
+        scores = self._scores(x)
+        kept = active & (scores >= 0)
+        picked = jnp.argsort(~kept, axis=1, stable=True)
+        return self._route(scores, picked, jnp.sum(kept, axis=1), {})
+
+    @nn.nowrap
+    def causal_twin(self) -> Router:
+        """Itself."""
+        return self
