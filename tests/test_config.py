@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Literal
 
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from tokenlab import config
 from tokenlab.core.errors import UserError
+from tokenlab.files import experiment_of
+from tokenlab.objectives import AuxiliaryTerm
 
 
 class Shape(nn.Module, abc.ABC):
@@ -181,3 +184,13 @@ def test_help_lists_every_field_with_its_meaning():
     assert lines["part.rate"].type == "float | None"
     assert lines["parts.x.count"].value == "3"
     assert {"part", "part.mode", "shape", "parts", "parts.x", "either"} <= set(lines)
+
+
+def test_an_entry_may_be_any_member_of_the_family_that_its_field_names():
+    experiment = experiment_of(pathlib.Path(__file__).parent / "tiny.py")
+    written = "AuxiliaryTerm(name='membership', coefficient=0.5)"
+    for entry in ("router", "z_loss"):  # a new one, and one that was a Term
+        made = config.replace(experiment, {f"objective.terms.{entry}": written})
+        assert made.objective.terms[entry] == AuxiliaryTerm(name="membership", coefficient=0.5)
+    with pytest.raises(UserError, match="unknown part 'ByteTokenizer'"):
+        config.replace(experiment, {"objective.terms.router": "ByteTokenizer()"})

@@ -57,10 +57,10 @@ def replace(part: P, overrides: Mapping[str, Any]) -> P:
     Raises:
         UserError: unknown field or class (with the nearest name), or a value of the wrong type.
     """
-    return _replace(part, dict(overrides), where="")
+    return _replace(part, Any, dict(overrides), where="")
 
 
-def _replace(part: Any, overrides: dict[str, Any], where: str) -> Any:
+def _replace(part: Any, annotation: Any, overrides: dict[str, Any], where: str) -> Any:
     direct: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for path, value in overrides.items():
@@ -69,37 +69,38 @@ def _replace(part: Any, overrides: dict[str, Any], where: str) -> Any:
             nested.setdefault(head, {})[rest] = value
         else:
             direct[head] = value
-    children = _children(part, where)
+    children = _children(part, annotation, where)
     changes: dict[str, Any] = {}
     for name in dict.fromkeys([*direct, *nested]):
         path = f"{where}.{name}" if where else name
-        annotation, child = _child(part, children, name, path, new=direct.get(name))
+        hint, child = _child(part, annotation, children, name, path, new=direct.get(name))
         if name in direct:
-            child = coerce(direct[name], annotation, path)
+            child = coerce(direct[name], hint, path)
         if name in nested:
-            child = _replace(child, nested[name], path)
+            child = _replace(child, hint, nested[name], path)
         changes[name] = child
     return _with(part, changes, where)
 
 
-def _children(part: Any, where: str) -> dict[str, tuple[Any, Any]]:
+def _children(part: Any, annotation: Any, where: str) -> dict[str, tuple[Any, Any]]:
     """Annotation and value of everything a path may step into from ``part``."""
     if is_part(part):
         return {name: (hint, getattr(part, name)) for name, hint in fields(part).items()}
-    if isinstance(part, Mapping):
-        return {key: (type(value), value) for key, value in part.items()}
-    if isinstance(part, tuple):
-        return {str(i): (type(value), value) for i, value in enumerate(part)}
+    if isinstance(part, Mapping | tuple):
+        named = part.items() if isinstance(part, Mapping) else enumerate(part)
+        item = _item_type(annotation)
+        return {str(k): (type(v) if item is Any else item, v) for k, v in named}
     raise UserError(f"{where} is {part!r} and has no fields; set {where} itself first")
 
 
-def _child(part: Any, children: dict, name: str, path: str, new: Any) -> tuple[Any, Any]:
+def _child(
+    part: Any, annotation: Any, children: dict, name: str, path: str, new: Any
+) -> tuple[Any, Any]:
     if name in children:
         return children[name]
     # A mapping takes a new entry only as a whole part, so a mistyped key is still an error.
-    if isinstance(part, Mapping) and part and _looks_like_part(new):
-        family = _common_family(list(part.values()))
-        return family, None
+    if isinstance(part, Mapping) and _looks_like_part(new):
+        return _item_type(annotation), None
     owner = type(part).__name__ if is_part(part) else path.rpartition(".")[0]
     kind = "field" if is_part(part) else "entry"
     raise UserError(f"{owner} has no {kind} {name!r} ({path}){_nearest(name, children)}")
@@ -107,13 +108,6 @@ def _child(part: Any, children: dict, name: str, path: str, new: Any) -> tuple[A
 
 def _looks_like_part(value: Any) -> bool:
     return is_part(value) or (isinstance(value, str) and re.match(r"[A-Z]\w*\(", value) is not None)
-
-
-def _common_family(values: list[Any]) -> type:
-    """The most specific class that all ``values`` share."""
-    return next(
-        base for base in type(values[0]).__mro__ if all(isinstance(v, base) for v in values)
-    )
 
 
 def _with(part: Any, changes: dict[str, Any], where: str) -> Any:

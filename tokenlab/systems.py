@@ -81,14 +81,18 @@ def unbacked(system: System, root: pathlib.Path) -> str | None:
 
 def summary(entries: Iterable[System]) -> str:
     """A table of the families: their systems, and how many have which status."""
-    families: dict[str, list[System]] = {}
-    for entry in entries:
-        families.setdefault(entry.family, []).append(entry)
     lines = ["| family | systems | status |", "|---|---|---|"]
-    for family, members in families.items():
+    for family, members in _families(entries).items():
         names = ", ".join(member.name for member in members)
         lines.append(f"| {family} | {_cell(names)} | {_counts(members)} |")
     return "\n".join(lines) + "\n"
+
+
+def _families(entries: Iterable[System]) -> dict[str, list[System]]:
+    families: dict[str, list[System]] = {}
+    for entry in entries:
+        families.setdefault(entry.family, []).append(entry)
+    return families
 
 
 def _counts(entries: Iterable[System]) -> str:
@@ -106,13 +110,12 @@ def markdown(entries: Iterable[System]) -> str:
         "",
         f"{len(entries)} systems: {_counts(entries)}.",
     ]
-    for family in dict.fromkeys(entry.family for entry in entries):
+    for family, members in _families(entries).items():
         lines += ["", f"## {family[0].upper()}{family[1:]}", ""]
         lines += ["| system | paper | part | experiment | status |", "|---|---|---|---|---|"]
-        for entry in entries:
-            if entry.family == family:
-                cells = (entry.name, entry.paper, entry.part, entry.experiment, entry.status)
-                lines.append(f"| {' | '.join(_cell(c) for c in cells)} |")
+        for entry in members:
+            cells = (entry.name, entry.paper, entry.part, entry.experiment, entry.status)
+            lines.append(f"| {' | '.join(_cell(c) for c in cells)} |")
     return "\n".join(lines) + "\n"
 
 

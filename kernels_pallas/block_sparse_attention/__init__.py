@@ -16,13 +16,15 @@ from kernels_pallas.block_sparse_attention.masks import (
     SlidingWindow,
 )
 from kernels_pallas.block_sparse_attention.specs import NOTHING, BlockSparseAttentionConfig
-from kernels_pallas.common.dispatch import Implementation, Operation, anything
+from kernels_pallas.common.dispatch import Operation
 
-_REF = Implementation(name="ref", run=ref.block_sparse_attention, supports=anything)
-_XLA = Implementation(name="xla", run=xla.block_sparse_attention, supports=xla.supports)
-_TPU = Implementation(name="tpu", run=tpu.block_sparse_attention, supports=tpu.supports)
-_OPERATION = Operation(
-    name="block_sparse_attention", order={"cpu": (_XLA, _REF), "tpu": (_TPU, _XLA, _REF)}
+_OPERATION = Operation.of(
+    "block_sparse_attention",
+    ref=ref.block_sparse_attention,
+    xla=xla.block_sparse_attention,
+    tpu=tpu.block_sparse_attention,
+    tpu_supports=tpu.supports,
+    xla_supports=xla.supports,
 )
 
 

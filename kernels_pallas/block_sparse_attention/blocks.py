@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.block_sparse_attention.masks import MaskRule
 
@@ -49,6 +49,22 @@ def in_order(tokens: Tokens) -> Bool[Array, " B"]:
     apart = jnp.diff(positions, axis=1) >= jnp.diff(order, axis=1)
     apart |= (jnp.diff(segments, axis=1) != 0) | (segments[:, 1:] == 0)
     return jnp.all(same, axis=1) & jnp.all(apart, axis=1)
+
+
+def where_in_order(
+    out: Float[Array, "B T H E"],
+    log_sum_exp: Float[Array, "B T H"],
+    tokens: Tokens,
+    visible: Bool[np.ndarray, "num_q num_k"],
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
+    """Results by the static map ``visible``, NaN in rows for which it does not hold."""
+    if visible.all():
+        return out, log_sum_exp
+    right = in_order(tokens)
+    return (
+        jnp.where(right[:, None, None, None], out, jnp.nan),
+        jnp.where(right[:, None, None], log_sum_exp, jnp.nan),
+    )
 
 
 def distinct(blocks: Int[Array, "B Q N"], num_k: int) -> Int[Array, "B Q N"]:

@@ -114,13 +114,8 @@ def block_sparse_attention(
         blocks = block_lists.distinct(blocks, block_lists.count(keys, block_k))
         return _attention(static, q, k, v, tokens, blocks)
     out, log_sum_exp = _attention(static, q, k, v, tokens, None)
-    if block_lists.static_map(rule, block_q, block_k, queries, keys).all():
-        return out, log_sum_exp
-    right = block_lists.in_order(tokens)
-    return (
-        jnp.where(right[:, None, None, None], out, jnp.nan),
-        jnp.where(right[:, None, None], log_sum_exp, jnp.nan),
-    )
+    visible = block_lists.static_map(rule, block_q, block_k, queries, keys)
+    return block_lists.where_in_order(out, log_sum_exp, tokens, visible)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -230,9 +225,13 @@ class _Specs:
         """``[B, heads, T, E]``."""
         return self._spec((None, None, self._size(queries), self.width), queries=queries, axis=2)
 
-    def tokens(self, *, queries: bool) -> pl.BlockSpec:
-        """``[B, 2, T]``."""
-        return self._spec((None, 2, self._size(queries)), queries=queries, axis=2)
+    def sides(self) -> list[pl.BlockSpec]:
+        """Of the five arrays of :class:`_Sides`."""
+        tokens = [
+            self._spec((None, 2, self._size(queries)), queries=queries, axis=2)
+            for queries in (True, False)
+        ]
+        return [*tokens, *(self.vectors(queries=queries) for queries in (True, False, False))]
 
     def per_query(self, count: int) -> pl.BlockSpec:
         """``[B, H, count, T]``."""
@@ -251,13 +250,7 @@ def _run_forward(static: _Static, entries: Array, sides: _Sides) -> tuple[Array,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(specs.batch, specs.heads, specs.pairs),
-            in_specs=[
-                specs.tokens(queries=True),
-                specs.tokens(queries=False),
-                specs.vectors(queries=True),
-                specs.vectors(queries=False),
-                specs.vectors(queries=False),
-            ],
+            in_specs=specs.sides(),
             out_specs=[specs.vectors(queries=True), specs.per_query(1)],
             scratch_shapes=[
                 pltpu.VMEM((rows, lanes), jnp.float32),
@@ -342,15 +335,7 @@ def _run_backward_q(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(specs.batch, specs.heads, specs.pairs),
-            in_specs=[
-                specs.tokens(queries=True),
-                specs.tokens(queries=False),
-                specs.vectors(queries=True),
-                specs.vectors(queries=False),
-                specs.vectors(queries=False),
-                specs.vectors(queries=True),
-                specs.per_query(2),
-            ],
+            in_specs=[*specs.sides(), specs.vectors(queries=True), specs.per_query(2)],
             out_specs=specs.vectors(queries=True),
             scratch_shapes=[
                 pltpu.VMEM((rows, specs.width), jnp.float32),
@@ -421,15 +406,7 @@ def _run_backward_kv(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(specs.batch, specs.kv_heads, specs.pairs, specs.group),
-            in_specs=[
-                specs.tokens(queries=True),
-                specs.tokens(queries=False),
-                specs.vectors(queries=True),
-                specs.vectors(queries=False),
-                specs.vectors(queries=False),
-                specs.vectors(queries=True),
-                specs.per_query(2),
-            ],
+            in_specs=[*specs.sides(), specs.vectors(queries=True), specs.per_query(2)],
             out_specs=[specs.vectors(queries=False)] * 2,
             scratch_shapes=[
                 pltpu.VMEM((rows, specs.width), jnp.float32),

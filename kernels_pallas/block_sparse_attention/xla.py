@@ -90,13 +90,8 @@ def block_sparse_attention(
     block = config.of(queries)
     static = _Static(rule, scale, softcap, block, block)
     out, log_sum_exp = _attention(static, q, k, v, tokens, None)
-    if block_lists.static_map(rule, block, block, queries, keys).all():
-        return out, log_sum_exp
-    right = block_lists.in_order(tokens)
-    return (
-        jnp.where(right[:, None, None, None], out, jnp.nan),
-        jnp.where(right[:, None, None], log_sum_exp, jnp.nan),
-    )
+    visible = block_lists.static_map(rule, block, block, queries, keys)
+    return block_lists.where_in_order(out, log_sum_exp, tokens, visible)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -38,7 +38,7 @@ def tpu_devices(topology: str) -> tuple[Any, ...]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise CannotCompile(
             f"cannot compile for {topology} ({reason}); pip install -r requirements-tpu.txt"

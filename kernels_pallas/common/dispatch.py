@@ -41,13 +41,25 @@ def platform() -> str:
 def needs(kind: str, interpret: Any) -> str | None:
     """Why a Pallas kernel for platform ``kind`` cannot run here, or ``None``.
 
+    A kernel is one device's: the compiler cannot split it where it places arrays itself.
+
     Args:
         kind: what the kernel is written for.
         interpret: the kernel's ``config.interpret``; an interpreter runs anywhere.
     """
-    if interpret or platform() == kind:
+    if interpret:
         return None
-    return f"it needs a {kind.upper()}, this is a {platform()}; config.interpret runs it anywhere"
+    if platform() != kind:
+        return f"it needs a {kind.upper()}, this is a {platform()}; config.interpret runs anywhere"
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = {
+        name: size
+        for name, size, how in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if size > 1 and how != jax.sharding.AxisType.Manual
+    }
+    if automatic:
+        return f"mesh axes {automatic} are not manual; call it inside jax.shard_map over them"
+    return None
 
 
 def anything(**arguments: Any) -> None:
@@ -67,6 +79,25 @@ class Operation:
 
     name: str
     order: Mapping[str, tuple[Implementation, ...]]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        *,
+        ref: Callable[..., Any],
+        xla: Callable[..., Any],
+        tpu: Callable[..., Any],
+        tpu_supports: Callable[..., str | None],
+        xla_supports: Callable[..., str | None] = anything,
+    ) -> "Operation":
+        """An operation of the usual forms: a CPU prefers ``xla`` to ``ref``, a TPU ``tpu``."""
+        others = (
+            Implementation(name="xla", run=xla, supports=xla_supports),
+            Implementation(name="ref", run=ref, supports=anything),
+        )
+        kernel = Implementation(name="tpu", run=tpu, supports=tpu_supports)
+        return cls(name=name, order={"cpu": others, "tpu": (kernel, *others)})
 
     def __call__(self, impl: str | None, **arguments: Any) -> Any:
         """Runs implementation ``impl``, or with ``None`` the first that supports the arguments.

@@ -18,6 +18,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -35,7 +36,6 @@ _BRANCH = re.compile(r"sbr\.\w+ .*?target = \$region(\d+)")
 _REGION = re.compile(r"(?:Start|Start/End empty) region (\d+)")
 _EXIT = re.compile(r"scmp\.\w+\.s32\.totalorder %s\w+, (\d+)  */\* loop exit test \*/")
 _WINDOW = re.compile(r"kind: (\w+),.*?The window shape is (\w+)\[([\d,]*)\]")
-_BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ def parse(kernel: str, bundles: str, slots: str) -> Schedule:
     edges = sorted({0, len(use), *(edge for pair in loops + skips for edge in pair)})
     segments = []
     for start, stop in itertools.pairwise(edges):
-        inside = [pair for pair in loops if pair[0] <= start < pair[1]]
+        inside = [pair for pair in loops if _depth(start, [pair])]
         # A branch over the whole body of a loop is that loop's own test for no passes at all.
         passed = [
             (low, high)
@@ -170,9 +170,14 @@ def parse(kernel: str, bundles: str, slots: str) -> Schedule:
         kernel=kernel,
         capacity=dict(zip(names, _capacity(slots), strict=True)),
         segments=tuple(segments),
-        steps=max(exits, default=None),
+        steps=next((bound for at, bound in exits if _depth(at, loops) == 1), None),
         windows=tuple(_windows(bundles)),
     )
+
+
+def _depth(address: int, loops: Sequence[tuple[int, int]]) -> int:
+    """How many of ``loops`` hold ``address``."""
+    return sum(low <= address < high for low, high in loops)
 
 
 def _slots(text: str) -> tuple[list[str], list[list[int]]]:
@@ -187,8 +192,10 @@ def _capacity(text: str) -> list[int]:
     return [int(n) for n in text.splitlines()[2].split()]
 
 
-def _control_flow(text: str) -> tuple[dict[int, int], list[tuple[int, int]], list[int]]:
-    """Address of each region, (address, region) of each branch, constants of loop exits."""
+def _control_flow(
+    text: str,
+) -> tuple[dict[int, int], list[tuple[int, int]], list[tuple[int, int]]]:
+    """Address of each region; (address, region) of branches; (address, bound) of loop exits."""
     regions: dict[int, int] = {}
     branches, exits, address = [], [], 0
     for line in text.splitlines():
@@ -198,7 +205,7 @@ def _control_flow(text: str) -> tuple[dict[int, int], list[tuple[int, int]], lis
         for number in _REGION.findall(line):
             regions.setdefault(int(number), address)
         branches += [(address, int(number)) for number in _BRANCH.findall(line)]
-        exits += [int(bound) for bound in _EXIT.findall(line)]
+        exits += [(address, int(bound)) for bound in _EXIT.findall(line)]
     return regions, branches, exits
 
 
@@ -206,10 +213,8 @@ def _windows(text: str) -> Iterator[int]:
     head = text.partition("/* entry bundle")[0]
     for kind, dtype, shape in _WINDOW.findall(head):
         if kind in ("input", "output"):
-            size = _BITS.get(dtype, 32) // 8
-            for length in filter(None, shape.split(",")):
-                size *= int(length)
-            yield size
+            bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
+            yield bits * math.prod(map(int, filter(None, shape.split(",")))) // 8
 
 
 # ---------------------------------------------------------------- in a process of its own

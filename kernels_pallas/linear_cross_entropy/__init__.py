@@ -4,7 +4,7 @@ from typing import Literal
 
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common.dispatch import Implementation, Operation, anything
+from kernels_pallas.common.dispatch import Operation
 from kernels_pallas.linear_cross_entropy import ref, tpu, xla
 from kernels_pallas.linear_cross_entropy.specs import (
     LinearCrossEntropyConfig,
@@ -12,21 +12,20 @@ from kernels_pallas.linear_cross_entropy.specs import (
     VocabularyStatistics,
 )
 
-
-def _operation(name: str) -> Operation:
-    by_ref, by_xla, by_tpu = (
-        Implementation(name=kind, run=getattr(module, name), supports=supports)
-        for kind, module, supports in (
-            ("ref", ref, anything),
-            ("xla", xla, anything),
-            ("tpu", tpu, tpu.supports),
-        )
-    )
-    return Operation(name=name, order={"cpu": (by_xla, by_ref), "tpu": (by_tpu, by_xla, by_ref)})
-
-
-_LINEAR_CROSS_ENTROPY = _operation("linear_cross_entropy")
-_VOCABULARY_STATISTICS = _operation("vocabulary_statistics")
+_LINEAR_CROSS_ENTROPY = Operation.of(
+    "linear_cross_entropy",
+    ref=ref.linear_cross_entropy,
+    xla=xla.linear_cross_entropy,
+    tpu=tpu.linear_cross_entropy,
+    tpu_supports=tpu.supports,
+)
+_VOCABULARY_STATISTICS = Operation.of(
+    "vocabulary_statistics",
+    ref=ref.vocabulary_statistics,
+    xla=xla.vocabulary_statistics,
+    tpu=tpu.vocabulary_statistics,
+    tpu_supports=tpu.supports,
+)
 
 
 def linear_cross_entropy(

@@ -49,6 +49,11 @@ def _logits(hidden, weight, bias, softcap: float | None) -> Float[Array, "B T V"
     logits = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias.astype(jnp.float32)[None, None, :]
+    return capped(logits, softcap)
+
+
+def capped(logits: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:
+    """``softcap · tanh(logits / softcap)``, or the logits where there is no cap."""
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.common import dispatch
+from kernels_pallas.linear_cross_entropy.ref import capped
 from kernels_pallas.linear_cross_entropy.specs import (
     VMEM_BYTES,
     LinearCrossEntropyConfig,
@@ -69,7 +70,7 @@ class _Problem(NamedTuple):
 def supports(*, hidden, weight, config: LinearCrossEntropyConfig, **rest: Any) -> str | None:
     """Why the kernels cannot take these arguments, or ``None``."""
     del rest
-    reason = dispatch.needs("tpu", config.interpret) or _partitioned()
+    reason = dispatch.needs("tpu", config.interpret)
     if reason:
         return reason
     for name, array in (("hidden", hidden), ("weight", weight)):
@@ -86,19 +87,6 @@ def supports(*, hidden, weight, config: LinearCrossEntropyConfig, **rest: Any) -
     for which in ("forward", "by_hidden", "by_weight"):
         if _tile(which, hidden, weight, config) is None:
             return f"no tile of width {hidden.shape[-1]} fits {VMEM_BYTES >> 20} MiB of VMEM"
-    return None
-
-
-def _partitioned() -> str | None:
-    """A kernel is one device's; the compiler cannot split it where it places arrays itself."""
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = {
-        name: size
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if size > 1 and kind != jax.sharding.AxisType.Manual
-    }
-    if automatic:
-        return f"mesh axes {automatic} are not manual; call it inside jax.shard_map over them"
     return None
 
 
@@ -162,7 +150,7 @@ def _forward(call: _Call, hidden, weight, bias, targets):
         out_shape=jax.ShapeDtypeStruct((rows, problem.tokens), jnp.float32),
         scratch_shapes=[pltpu.VMEM((_ROWS, tile.tokens), jnp.float32)],
         name="linear_cross_entropy_forward",
-        **_options(call, problem, 1),
+        **_options(call),
     )(hidden, weight, _float32(bias), targets)
     entropy = out[_ENTROPY] if call.statistics else None
     return out, (hidden, weight, bias, targets, out[_LOG_SUM_EXP], entropy)
@@ -183,11 +171,8 @@ _statistics.defvjp(_forward, _backward)
 def _tokens(call, targets, log_sum_exp, entropy, cotangents, vocabulary) -> Float[Array, "8 N"]:
     """:class:`_Tokens` as rows of one array."""
     zeros = jnp.zeros_like(log_sum_exp)
-    by_target, by_log_sum_exp, by_mean = (
-        cotangents[_TARGET],
-        cotangents[_LOG_SUM_EXP],
-        cotangents[2],
-    )
+    by_target, by_log_sum_exp = cotangents[_TARGET], cotangents[_LOG_SUM_EXP]
+    by_mean = cotangents[_MEAN]
     by_entropy = cotangents[_ENTROPY] if call.statistics else zeros
     scale = jnp.maximum(jnp.abs(by_target), jnp.abs(by_log_sum_exp))
     scale = jnp.maximum(scale, jnp.abs(by_entropy))
@@ -224,7 +209,7 @@ def _by_hidden(call: _Call, hidden, weight, bias, tokens) -> Float[Array, "N D"]
             pltpu.VMEM((tile.tokens, _ROWS), jnp.float32),
         ],
         name="linear_cross_entropy_by_hidden",
-        **_options(call, problem, 2),
+        **_options(call),
     )(hidden, weight, bias, tokens)
 
 
@@ -252,7 +237,7 @@ def _by_weight(call: _Call, hidden, weight, bias, tokens):
             None if bias is None else pltpu.VMEM((tile.vocabulary, 128), jnp.float32),
         ],
         name="linear_cross_entropy_by_weight",
-        **_options(call, problem, 2),
+        **_options(call),
     )(hidden, weight, bias, tokens)
 
 
@@ -273,7 +258,7 @@ def _forward_kernel(
     logits = _product(weight_ref[...], hidden_ref[...], (1, 1))
     if bias_ref is not None:
         logits += _column(bias_ref[...])
-    logits = _capped(logits, call.softcap)
+    logits = capped(logits, call.softcap)
     entries = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     masked = summed = logits
     if problem.vocabulary % problem.tile.vocabulary:
@@ -394,7 +379,7 @@ def _by_weight_kernel(
 
 def _gradient(call: _Call, logits, tokens: _Tokens, start, *, vocabulary_axis: int):
     """By the logits before the cap, through all outputs at once."""
-    logits = _capped(logits, call.softcap)
+    logits = capped(logits, call.softcap)
     share = tokens.by_log_sum_exp
     if call.statistics:
         share -= tokens.by_entropy * (logits - tokens.expected)
@@ -431,17 +416,11 @@ def _problem(which: Pass, hidden, weight, config: LinearCrossEntropyConfig) -> _
     return _Problem(math.prod(hidden.shape[:-1]), weight.shape[0], hidden.shape[-1], tile)
 
 
-def _options(call: _Call, problem: _Problem, products: int) -> dict[str, Any]:
-    size = problem.tokens * problem.vocabulary
+def _options(call: _Call) -> dict[str, Any]:
     return {
         "interpret": call.config.interpret,
         "compiler_params": pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
-        ),
-        "cost_estimate": pl.CostEstimate(
-            flops=2 * products * size * problem.width,
-            transcendentals=size * (1 if call.softcap is None else 2),
-            bytes_accessed=0,
         ),
     }
 
@@ -467,10 +446,6 @@ def _sum(tile) -> Float[Array, "1 columns"]:
 
 def _index(shape: tuple[int, ...], axis: int) -> Int[Array, "rows columns"]:
     return lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
-def _capped(logits, softcap: float | None):
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _float32(bias):

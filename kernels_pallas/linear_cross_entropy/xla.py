@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.linear_cross_entropy.ref import capped
 from kernels_pallas.linear_cross_entropy.specs import (
     LinearCrossEntropyConfig,
     TargetLogits,
@@ -96,7 +97,7 @@ def _forward(call: _Call, hidden, head, targets):
 
     def accumulate(sums, index):
         block = _block(head, index, call.size)
-        logits = _capped(_raw(hidden, block.head), call.softcap)
+        logits = capped(_raw(hidden, block.head), call.softcap)
         return _accumulate(sums, logits, block, _owned(block, call.size, vocabulary)), None
 
     zeros = jnp.zeros(tokens, jnp.float32)
@@ -114,7 +115,7 @@ def _forward(call: _Call, hidden, head, targets):
     raw = jnp.sum(hidden.astype(jnp.float32) * rows, axis=1)
     if head.bias is not None:
         raw += jnp.take(head.bias, targets, mode="clip").astype(jnp.float32)
-    result = (_capped(raw, call.softcap), log_sum_exp, sums.summed / vocabulary)
+    result = (capped(raw, call.softcap), log_sum_exp, sums.summed / vocabulary)
     entropy = None
     if sums.weighted is not None:
         entropy = jnp.log(sums.total) - sums.weighted / sums.total
@@ -149,7 +150,7 @@ def _backward(call: _Call, residuals, cotangents):
     def accumulate(carry, index):
         hidden_gradient, head_gradient = carry
         block = _block(head, index, call.size)
-        logits = _capped(_raw(hidden, block.head), call.softcap)
+        logits = capped(_raw(hidden, block.head), call.softcap)
         entries = block.start + jnp.arange(call.size)
         share = by_log_sum_exp
         if call.statistics:
@@ -202,10 +203,6 @@ def _owned(block: _Block, size: int, vocabulary: int):
 def _raw(hidden: Float[Array, "N D"], head: _Head) -> Float[Array, "N V"]:
     logits = jnp.einsum("nd,vd->nv", hidden, head.weight, preferred_element_type=jnp.float32)
     return logits if head.bias is None else logits + head.bias.astype(jnp.float32)[None, :]
-
-
-def _capped(logits, softcap: float | None):
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _add(whole: _Head, part: _Head, start: Int[Array, ""]) -> _Head:

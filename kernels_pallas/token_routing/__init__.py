@@ -6,30 +6,31 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common.dispatch import Implementation, Operation, anything
+from kernels_pallas.common.dispatch import Operation
 from kernels_pallas.token_routing import megablox, ref, tpu, xla
+from kernels_pallas.token_routing.ref import in_use
 from kernels_pallas.token_routing.specs import GroupedMatmulConfig, TokenRoutingConfig
 
-
-def _operation(name: str, tpu_form: Implementation) -> Operation:
-    forms = (
-        Implementation(name="xla", run=getattr(xla, name), supports=anything),
-        Implementation(name="ref", run=getattr(ref, name), supports=anything),
-    )
-    return Operation(name=name, order={"tpu": (tpu_form, *forms), "cpu": forms})
-
-
-_GATHER = _operation(
+_GATHER = Operation.of(
     "gather_tokens",
-    Implementation(name="tpu", run=tpu.gather_tokens, supports=tpu.supports_gather),
+    ref=ref.gather_tokens,
+    xla=xla.gather_tokens,
+    tpu=tpu.gather_tokens,
+    tpu_supports=tpu.supports_gather,
 )
-_SCATTER_ADD = _operation(
+_SCATTER_ADD = Operation.of(
     "scatter_add_tokens",
-    Implementation(name="tpu", run=tpu.scatter_add_tokens, supports=tpu.supports_scatter_add),
+    ref=ref.scatter_add_tokens,
+    xla=xla.scatter_add_tokens,
+    tpu=tpu.scatter_add_tokens,
+    tpu_supports=tpu.supports_scatter_add,
 )
-_GROUPED_MATMUL = _operation(
+_GROUPED_MATMUL = Operation.of(
     "grouped_matmul",
-    Implementation(name="tpu", run=megablox.grouped_matmul, supports=megablox.supports),
+    ref=ref.grouped_matmul,
+    xla=xla.grouped_matmul,
+    tpu=megablox.grouped_matmul,
+    tpu_supports=megablox.supports,
 )
 
 
@@ -185,5 +186,6 @@ __all__ = [
     "TokenRoutingConfig",
     "gather_tokens",
     "grouped_matmul",
+    "in_use",
     "scatter_add_tokens",
 ]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreting import STRICT
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.block_sparse_attention import (
     Bidirectional,
@@ -28,9 +28,6 @@ from kernels_pallas.block_sparse_attention.specs import TPU_SHAPES
 from kernels_pallas.common import aot
 
 CAUSAL = Causal()
-STRICT = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
-)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreting import STRICT
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.common import aot
 from kernels_pallas.common.schedule import schedules
@@ -19,9 +19,6 @@ from kernels_pallas.linear_cross_entropy import (
 )
 from kernels_pallas.linear_cross_entropy.specs import SHAPES
 
-STRICT = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
-)
 SMALL = LinearCrossEntropyConfig(block_tokens=128, block_vocabulary=128, interpret=True)
 BFLOAT16_EPSILON = 2.0**-12
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreting import STRICT
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
@@ -96,17 +97,6 @@ def _check(arrays, impl, config):
     return out
 
 
-def _interpreted():
-    # The default clock is of two entries for one core, so that all copies are one thread's, and
-    # ordered; with many, two copies hardly ever share an entry, which are given at random.
-    return pltpu.InterpretParams(
-        detect_races=True,
-        uninitialized_memory="nan",
-        out_of_bounds_reads="raise",
-        vector_clock_size=512,
-    )
-
-
 @pytest.mark.parametrize("repeat", [False, True])
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16")])
 @pytest.mark.parametrize(("impl", "config"), IMPLS)
@@ -157,7 +147,7 @@ def test_the_kernels_neither_race_nor_read_what_nobody_wrote(dtype):
     # One token in the last slots of a block and the first of the next.
     index = arrays[3].at[0, 13:18].set(arrays[3][0, 13])
     arrays = (*arrays[:3], index, *arrays[4:])
-    config = TokenRoutingConfig(block_slots=16, block_tokens=16, interpret=_interpreted())
+    config = TokenRoutingConfig(block_slots=16, block_tokens=16, interpret=STRICT)
     raced = []
     gather = functools.partial(gather_tokens, index=arrays[3], count=arrays[4], impl="tpu")
     scatter = functools.partial(
@@ -182,7 +172,7 @@ def test_the_race_detector_sees_two_blocks_that_meet():
     """An index that is not sorted is such a race, so the test above could fail."""
     x, y, gate, _, _, _, _ = _arrays((1, 32, 32, 128), counts=[32])
     index = jnp.concatenate([jnp.arange(16), jnp.arange(16)])[None].astype(jnp.int32)
-    config = TokenRoutingConfig(block_slots=16, interpret=_interpreted())
+    config = TokenRoutingConfig(block_slots=16, interpret=STRICT)
     scatter = functools.partial(scatter_add_tokens, impl="tpu", config=config)
     try:
         scatter(residual=x, y=y, gate=gate, index=index, count=jnp.array([32]))

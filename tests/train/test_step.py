@@ -47,6 +47,33 @@ def test_accumulated_micro_batches_equal_the_full_batch(tiny):
     assert weights == [float(rows.weight) for rows in metrics_of_parts.sums.values()]
 
 
+def test_sums_per_recursion_accumulate_one_by_one(tiny):
+    """A router reports one sum for each recursion; micro-batches must not add those up."""
+    mixture = config.replace(
+        tiny,
+        {
+            "data": padded_source(tiny),
+            "model.num_layers": 5,
+            "model.depth": "MixtureOfRecursions(recursions=3)",
+            "objective.terms.router": "AuxiliaryTerm(name='membership', coefficient=0.5)",
+        },
+    )
+    _, whole, losses, metrics = steps(mixture, 3)
+    _, parts, losses_of_parts, metrics_of_parts = steps(
+        config.replace(mixture, {"accumulation": 4}), 3
+    )
+    np.testing.assert_allclose(losses, losses_of_parts, rtol=2e-5)
+    for name in ("total", "weight"):
+        one, four = (getattr(m.sums["router"], name) for m in (metrics, metrics_of_parts))
+        assert one.shape == four.shape == (3,)
+        np.testing.assert_allclose(one, four, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5),
+        whole.params,
+        parts.params,
+    )
+
+
 def padded_source(experiment):
     return PaddedText(corpus=experiment.data.corpus, length=32)
 

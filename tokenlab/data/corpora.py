@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import functools
 import glob
-import io
 import itertools
 import json
 import mmap
@@ -247,18 +245,19 @@ def prepare(name: str) -> pathlib.Path:
     Raises:
         UserError: the name is unknown, or a package cannot be fetched.
     """
+    import tensorflow_datasets as tfds  # see _builders
+
     builders = _builders()
     if name not in builders:
         raise UserError(f"no known data set {name!r}{nearest(name, builders)}")
     builder = _tfds_builder(name, _tfds_dir(), file_format="array_record")
     folder = pathlib.Path(builder.data_dir)
+    tfds.disable_progress_bar()
     with locked(folder):
         broken = [folder] if folder.exists() and not builder.is_prepared() else []
         for left_over in [*folder.parent.glob("incomplete.*"), *broken]:
             shutil.rmtree(left_over)
-        # What TFDS prints is of downloads, of which it makes none here.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            builder.download_and_prepare()
+        builder.download_and_prepare()
     return folder
 
 

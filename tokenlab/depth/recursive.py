@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from tokenlab.cache import CachePolicy
 from tokenlab.core.arrays import Array, Bool, Hidden, Positions, Segments
+from tokenlab.core.errors import UserError
 from tokenlab.depth.base import DepthProgram, DepthTrace
 
 Sharing = Literal["cycle", "middle_cycle"]
@@ -66,23 +67,21 @@ class Recursive(DepthProgram):
         order = layers.first + layers.loop * self.recursions + layers.last
         x = self._run(order, x, positions=positions, segments=segments, train=train)
         valid = segments > 0
-        trace = DepthTrace(
-            depth=jnp.where(valid, len(order), 0),
-            active=jnp.broadcast_to(valid[None], (len(order), *valid.shape)),
-        )
-        return x, trace, None
+        return x, trace_of(valid, [valid] * self.recursions, layers), None
 
     def _check(self, policy: CachePolicy | None) -> None:
         if policy is not None:
-            raise ValueError(f"{type(self).__name__} does not decode with a cache yet")
+            raise UserError(
+                f"{type(self).__name__} does not decode with a cache yet; evaluate the run instead"
+            )
 
     def _layers(self, block: nn.Module, num_layers: int) -> SharedLayers:
         ends = 1 if self.sharing == "middle_cycle" else 0
         looped = num_layers - 2 * ends
         if looped < self.recursions or looped % self.recursions:
-            raise ValueError(
+            raise UserError(
                 f"num_layers {num_layers} under {self.sharing} leaves {looped} layers, which are "
-                f"not a multiple of recursions {self.recursions}"
+                f"not a multiple of recursions {self.recursions}; change one of them"
             )
         names = [f"block_{i}" for i in range(looped // self.recursions)]
         first, last = ["block_first"] * ends, ["block_last"] * ends

@@ -9,6 +9,7 @@ import flax.struct
 import jax.numpy as jnp
 from flax import linen as nn
 
+from kernels_pallas.token_routing import in_use
 from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int
 from tokenlab.core.weighted import Weighted
 
@@ -31,9 +32,32 @@ class Route:
     kept: Bool[Array, "B T"]
     aux: dict[str, Weighted]
 
+    @classmethod
+    def of(
+        cls,
+        kept: Bool[Array, "B T"],
+        gates: Float[Array, "B T"],
+        *,
+        capacity: int,
+        aux: dict[str, Weighted],
+    ) -> Route:
+        """The route that keeps ``kept``, at most ``capacity`` tokens of a row.
+
+        Args:
+            kept: the choice.
+            gates: float32 factor of each token, kept or not.
+            capacity: slots C.
+            aux: auxiliary losses.
+        """
+        length = kept.shape[1]
+        places = jnp.where(kept, jnp.arange(length)[None, :], length)
+        index = jnp.minimum(jnp.sort(places, axis=1)[:, :capacity], length - 1)
+        gate = jnp.take_along_axis(gates, index, axis=1)
+        return cls(index=index, count=jnp.sum(kept, axis=1), gate=gate, kept=kept, aux=aux)
+
     def valid(self) -> Bool[Array, "B C"]:
         """Slots that hold a token."""
-        return jnp.arange(self.index.shape[1])[None, :] < self.count[:, None]
+        return in_use(self.index, self.count)
 
 
 class Router(nn.Module, abc.ABC):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from kernels_pallas.token_routing import in_use
 from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int
 from tokenlab.core.parameters import parameter
 from tokenlab.core.weighted import Weighted
@@ -26,26 +26,8 @@ class _ScoringRouter(Router):
         weight = parameter(self, "kernel", init, (x.shape[-1],), ("embed",))
         return jnp.einsum("btd,d->bt", x.astype(jnp.float32), weight) / self.temperature
 
-    def _route(
-        self,
-        scores: Float[Array, "B T"],
-        picked: Int[Array, "B C"],
-        count: Int[Array, " B"],
-        aux: dict[str, Weighted],
-    ) -> Route:
-        """Puts ``picked`` in order; those from ``count`` on are left out."""
-        rows, length = jnp.arange(picked.shape[0])[:, None], scores.shape[1]
-        used = jnp.arange(picked.shape[1])[None, :] < count[:, None]
-        places = jnp.where(used, picked, length)
-        index = jnp.minimum(jnp.sort(places, axis=1), length - 1)
-        chosen = jnp.take_along_axis(scores, index, axis=1)
-        return Route(
-            index=index,
-            count=count,
-            gate=self.alpha * jax.nn.sigmoid(chosen),
-            kept=jnp.zeros(scores.shape, bool).at[rows, places].set(True, mode="drop"),
-            aux=aux,
-        )
+    def _gates(self, scores: Float[Array, "B T"]) -> Float[Array, "B T"]:
+        return self.alpha * jax.nn.sigmoid(scores)
 
 
 class ExpertChoiceRouter(_ScoringRouter):
@@ -74,12 +56,16 @@ class ExpertChoiceRouter(_ScoringRouter):
         """The best ``limit`` active tokens of each row; equal scores go to the earlier token."""
         scores = self._scores(x)
         ranked = jnp.where(active, jax.lax.stop_gradient(scores), -jnp.inf)
-        picked = jax.lax.top_k(ranked, capacity)[1]
-        count = jnp.minimum(limit, jnp.sum(active, axis=1))
-        route = self._route(scores, picked, count, {})
-        surprise = jax.nn.softplus(scores) - jnp.where(route.kept, scores, 0.0)
+        best = jax.lax.top_k(ranked, capacity)[1]
+        used = in_use(best, jnp.minimum(limit, jnp.sum(active, axis=1)))
+        rows = jnp.arange(best.shape[0])[:, None]
+        kept = jnp.zeros(scores.shape, bool)
+        kept = kept.at[rows, jnp.where(used, best, scores.shape[1])].set(True, mode="drop")
+        surprise = jax.nn.softplus(scores) - jnp.where(kept, scores, 0.0)
         membership = Weighted.of(surprise, active.astype(jnp.float32))
-        return dataclasses.replace(route, aux={"membership": membership})
+        return Route.of(
+            kept, self._gates(scores), capacity=capacity, aux={"membership": membership}
+        )
 
     @nn.nowrap
     def causal_twin(self) -> Router:
@@ -106,8 +92,7 @@ class ThresholdRouter(_ScoringRouter):
         """Each token by its own score; the capacity is the whole row."""
         scores = self._scores(x)
         kept = active & (scores >= 0)
-        picked = jnp.argsort(~kept, axis=1, stable=True)
-        return self._route(scores, picked, jnp.sum(kept, axis=1), {})
+        return Route.of(kept, self._gates(scores), capacity=x.shape[1], aux={})
 
     @nn.nowrap
     def causal_twin(self) -> Router:

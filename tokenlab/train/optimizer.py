@@ -200,7 +200,7 @@ def _muon_or_adam(params: PyTree) -> PyTree:
     """``"muon"`` for hidden matrices, stacked layers included, ``"adam"`` elsewhere."""
 
     def label(path: tuple, leaf: jax.Array) -> str:
-        hidden = any(str(getattr(p, "key", "")).startswith("block") for p in path)
+        hidden = any(name.startswith("block") for name in _names(path))
         return "muon" if hidden and leaf.ndim >= 2 and _is_decayed(path) else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)
@@ -217,4 +217,8 @@ def decayed(params: PyTree) -> PyTree:
 
 
 def _is_decayed(path: tuple) -> bool:
-    return not any(str(getattr(p, "key", "")) in ("scale", "bias") for p in path)
+    return not {"scale", "bias"} & set(_names(path))
+
+
+def _names(path: tuple) -> list[str]:
+    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")

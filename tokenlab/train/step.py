@@ -53,7 +53,7 @@ class StepMetrics:
     Attributes:
         loss: the objective's value before the update.
         sums: undivided total and weight of every term.
-        means: their quotients.
+        means: their means, divided on the device so that the host reads and never computes.
         grad_norm: global norm of the gradient before clipping.
         learning_rate: of this update.
         ledger: forward passes of this step.
@@ -202,7 +202,8 @@ class Trainer:
             _value, (sums, _ledger) = loss(params, None, *item)
             return None, {name: part.weight for name, part in sums.items()}
 
-        weights = jax.tree.map(jnp.sum, jax.lax.scan(weigh, None, micro)[1])
+        weights = jax.lax.scan(weigh, None, micro)[1]
+        weights = jax.tree.map(lambda parts: jnp.sum(parts, axis=0), weights)
 
         def accumulate(carry, item):
             return jax.tree.map(jnp.add, carry, gradient(params, weights, *item)), None
