@@ -119,7 +119,7 @@ def _forward(call: _Call, hidden, head, targets):
     entropy = None
     if sums.weighted is not None:
         entropy = jnp.log(sums.total) - sums.weighted / sums.total
-        result = (*result, entropy, sums.best)
+        result = (*result, entropy, sums.highest, sums.best)
     return result, (hidden, head, targets, log_sum_exp, entropy)
 
 
