@@ -6,11 +6,17 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.common.dispatch import Operation
 from kernels_pallas.linear_cross_entropy import ref, sharded, tpu, xla
+from kernels_pallas.linear_cross_entropy.distribution import (
+    Projection,
+    kl_divergence,
+    sum_over_vocabulary,
+)
 from kernels_pallas.linear_cross_entropy.specs import (
     LinearCrossEntropyConfig,
     TargetLogits,
     VocabularyStatistics,
 )
+from kernels_pallas.linear_cross_entropy.top import TopLogits, top_logits
 
 _LINEAR_CROSS_ENTROPY = Operation.of(
     "linear_cross_entropy",
@@ -150,8 +156,13 @@ def vocabulary_statistics(
 
 __all__ = [
     "LinearCrossEntropyConfig",
+    "Projection",
     "TargetLogits",
+    "TopLogits",
     "VocabularyStatistics",
+    "kl_divergence",
     "linear_cross_entropy",
+    "sum_over_vocabulary",
+    "top_logits",
     "vocabulary_statistics",
 ]
