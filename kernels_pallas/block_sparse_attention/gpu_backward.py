@@ -280,7 +280,7 @@ def _plus_gradients(
 ) -> tuple[Array, Array]:
     """By keys and by values, of one more tile of queries; lists are parts of the width."""
     by_k, by_v = totals
-    products, by_weights = parts.products_nt((k, q), (v, cotangent))
+    (products,) = parts.products_nt((k, q))
     scores = parts.scores(static, products)
     log_sum_exp, subtracted = (
         plgpu.load(per_query.at[i], (), layout=parts.BY_COLUMN) for i in (0, 1)
@@ -289,6 +289,8 @@ def _plus_gradients(
     if visible is not None:
         weights = jnp.where(visible(scores.shape), weights, 0.0)
     by_v = parts.plus_product(by_v, weights.astype(q_part.dtype), cotangent_part)
+    # Not together with the first product: there are no registers for both.
+    (by_weights,) = parts.products_nt((v, cotangent))
     by_scores = weights * (by_weights - parts.along_columns(subtracted, scores.shape))
     by_products = parts.by_products(static, by_scores, scores).astype(q_part.dtype)
     return parts.plus_product(by_k, by_products, q_part), by_v

@@ -166,15 +166,22 @@ class Place(NamedTuple):
         return lax.fori_loop(self.unmasked, self.steps, visit_masked, carry)
 
     def copy_each(self, slots: int, copy: Callable[[Array, Array], None], *free: Any) -> None:
-        """``copy(step, slot)`` for every step, once the slot's earlier contents are ``free``."""
+        """``copy(step, slot)`` for every step, once the slot's earlier contents are ``free``.
+
+        Ends when the last contents are free as well.
+        """
+
+        def wait(step: Array, _: None) -> None:
+            for barrier in free:
+                slot = slot_of(step, slots)
+                pl.when(step >= slots)(functools.partial(plgpu.barrier_wait, barrier.at[slot]))
 
         def visit(step: Array, _: None) -> None:
-            slot = slot_of(step, slots)
-            for barrier in free:
-                pl.when(step >= slots)(functools.partial(plgpu.barrier_wait, barrier.at[slot]))
-            copy(step, slot)
+            wait(step, None)
+            copy(step, slot_of(step, slots))
 
         lax.fori_loop(jnp.int32(0), self.steps, visit, None)
+        lax.fori_loop(self.steps, self.steps + slots, wait, None)
 
 
 def slot_of(step: Array, slots: int) -> Array:

@@ -1,0 +1,152 @@
+"""Mosaic-GPU's interpreter, with what the kernels use and it does not have.
+
+JAX interprets copies, barriers, loops and products of matrices in shared memory. Added here: loads
+and accumulators with a layout, which means nothing to values, and products whose left side is in
+registers or whose right side is transposed. Products end at once, so an operand that is overwritten
+before its product has ended goes unnoticed.
+"""
+
+import contextlib
+import functools
+import threading
+
+import jax
+import numpy as np
+from jax._src import callback
+from jax._src.pallas.mosaic.interpret import thread_map, utils
+from jax._src.pallas.mosaic_gpu import core, primitives
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax._src.state import types
+
+STRICT = InterpretGPUParams(
+    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+)
+PLAIN = InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
+
+
+
+
+@contextlib.contextmanager
+def extended():
+    """The interpreter is this one."""
+    before = jaxpr_interpret.JaxprInterpreter, thread_map._run_jaxpr
+    jaxpr_interpret.JaxprInterpreter, thread_map._run_jaxpr = _Interpreter, _run
+    try:
+        yield
+    finally:
+        jaxpr_interpret.JaxprInterpreter, thread_map._run_jaxpr = before
+        _compiled.cache_clear()
+
+
+_compiling = threading.Lock()
+
+
+@functools.cache
+def _compiled(jaxpr, layout, avals):
+    def evaluate(*leaves):
+        consts, arguments = jax.tree.unflatten(layout, leaves)
+        jax.core.eval_jaxpr(jaxpr, consts, *arguments)
+
+    return jax.jit(evaluate).lower(*avals).compile()
+
+
+def _run(jaxpr, consts, *arguments):
+    """Compiles a kernel once, instead of in each thread of each thread block."""
+    leaves, layout = jax.tree.flatten((consts, arguments))
+    with _compiling:
+        run = _compiled(jaxpr, layout, tuple(jax.typeof(leaf) for leaf in leaves))
+    run(*leaves)
+
+
+class _Interpreter(jaxpr_interpret.JaxprInterpreter):
+    def _interpret_arithmetic_primitive(self, eqn, get_invals):
+        if eqn.primitive is core.layout_cast_p:
+            return get_invals()[0]
+        if eqn.primitive is primitives.load_p:
+            ref, *leaves = get_invals()
+            return self._call(
+                functools.partial(_read_as, like=eqn.outvars[0].aval),
+                eqn.outvars[0].aval,
+                ref,
+                jax.tree.unflatten(eqn.params["tree"], leaves),
+            )
+        if eqn.primitive is primitives.wgmma_accumulator_store_p:
+            accumulator, value = get_invals()
+            return self._call(_overwrite, eqn.outvars[0].aval, accumulator, value)
+        return super()._interpret_arithmetic_primitive(eqn, get_invals)
+
+    def _interpret_wgmma_ref_p(self, eqn, token, get_invals):
+        accumulator, a, b, *leaves = get_invals()
+        names = ("acc_transforms_tree", "a_transforms_tree", "b_transforms_tree")
+        trees = [eqn.params[name] or jax.tree.structure([]) for name in names]
+        of_accumulator, of_a, of_b = jax.tree.unflatten(
+            jax.tree_util.treedef_tuple(trees), leaves
+        )
+        assert not of_accumulator
+        in_registers = not isinstance(eqn.invars[1].aval, types.AbstractRef)
+        multiply = functools.partial(_multiply, in_registers=in_registers)
+        token = self._call(multiply, gpu_callbacks.TOKEN_SHAPE_DTYPE, accumulator, a, of_a, b, of_b)
+        return token, []
+
+    def _call(self, function, result, *arguments):
+        place = self.device_info.device_id, self.grid_point_coords, self.thread_id
+        return callback.io_callback(function, result, place, *arguments, ordered=True)
+
+
+class _Buffer:
+    """A buffer as a thread sees it."""
+
+    def __init__(self, place, key):
+        device, grid_point, thread = place
+        self.device, self.thread = int(device), int(thread)
+        self.key = gpu_callbacks.HostAllocationKey.from_array(key)
+        self.memory = gpu_callbacks._get_shared_memory()
+        self.whom = self.memory.get_global_thread_id(self.device, self.thread)
+        self.logging = utils.GPULoggingInfo(
+            device_id=self.device,
+            grid_point_coords=tuple(int(x) for x in grid_point),
+            thread_id=self.thread,
+            source_info=None,
+        )
+
+    def read(self, transforms=()):
+        """Contents, with indices and then transpositions applied."""
+        transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
+        turns = [t for t in transforms if isinstance(t, types.TransposeTransform)]
+        indices = [t for t in transforms if not isinstance(t, types.TransposeTransform)]
+        assert list(transforms) == indices + turns, "an index after a transposition"
+        span = utils.to_range(indices)
+        content, _, clock = self.memory.get_buffer_content(
+            self.key, span, self.whom, logging_info=self.logging
+        )
+        if self.memory.detect_races:
+            races = gpu_callbacks.get_races()
+            races.check_read(self.device, self.thread, clock, self.key, span, source_info=None)
+        content = np.asarray(content)
+        for turn in turns:
+            content = content.transpose(turn.permutation)
+        return content
+
+    def write(self, value):
+        self.memory.store_buffer_content(self.key, (), value, self.whom, logging_info=self.logging)
+
+
+def _read_as(place, key, transforms, *, like):
+    content = _Buffer(place, key).read(transforms)
+    assert (content.shape, content.dtype) == (like.shape, like.dtype)
+    return content
+
+
+def _overwrite(place, key, value):
+    _Buffer(place, key).write(np.asarray(value))
+    return value
+
+
+def _multiply(place, accumulator, a, of_a, b, of_b, *, in_registers):
+    left = np.asarray(a) if in_registers else _Buffer(place, a).read(of_a)
+    right = _Buffer(place, b).read(of_b)
+    total = _Buffer(place, accumulator)
+    assert left.dtype == right.dtype
+    total.write(total.read() + left.astype(np.float32) @ right.astype(np.float32))
+    return np.int32(0)
