@@ -135,14 +135,15 @@ def _kernel_q(
             )
             for i in (0, 1)
         )
-        own_q, own_cotangent = q_tile.at[at.group], cotangent_tile.at[at.group]
         plgpu.barrier_wait(own_ready)
 
         def visit(step, total, *, masked: bool):
             slot = parts.slot_of(step, tiles.slots)
             plgpu.barrier_wait(ready.at[slot])
+            group = parts.anew(at.group)
             products, by_weights = parts.products_nt(
-                ([own_q], [k_tiles.at[slot]]), ([own_cotangent], [v_tiles.at[slot]])
+                ([q_tile.at[group]], [k_tiles.at[slot]]),
+                ([cotangent_tile.at[group]], [v_tiles.at[slot]]),
             )
             scores = parts.scores(static, products)
             weights = jnp.exp2(scores - parts.along_rows(log_sum_exp, scores.shape))
@@ -160,9 +161,9 @@ def _kernel_q(
             return total
 
         total = at.for_each(visit, parts.filled((ROWS, q.shape[3]), 0.0, plgpu.Layout.WGMMA))
-        own_q[...] = (total * static.scale).astype(to_q.dtype)
+        q_tile[at.group] = (total * static.scale).astype(to_q.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(own_q, to_q.at[at.batch, own, at.head])
+        plgpu.copy_smem_to_gmem(q_tile.at[at.group], to_q.at[at.batch, own, at.head])
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -239,10 +240,11 @@ def _kernel_kv(
                 tokens = parts.tokens(q_tokens, at.batch, columns, parts.BY_COLUMN)
                 return parts.visible(static.rule, tokens, own_tokens, shape, rows_are_queries=False)
 
+            held = parts.anew(own_rows)
             totals = _plus_gradients(
                 static,
                 totals,
-                *([x.at[own_rows, j] for j in range(pieces)] for x in (k_tile, v_tile)),
+                *([x.at[held, j] for j in range(pieces)] for x in (k_tile, v_tile)),
                 *([x.at[slot, j] for j in range(pieces)] for x in (q_tiles, cotangent_tiles)),
                 q_tiles.at[slot, own_part],
                 cotangent_tiles.at[slot, own_part],

@@ -189,6 +189,15 @@ def slot_of(step: Array, slots: int) -> Array:
     return lax.rem(step, jnp.int32(slots))
 
 
+def anew(index: Array) -> Array:
+    """``index``, such that what follows from it is computed again in each step of a loop.
+
+    Otherwise the compiler keeps a descriptor for every 16 columns of a tile that stays, and wide
+    ones spill registers for it.
+    """
+    return lax.optimization_barrier(index)
+
+
 def set_registers(computing: int, *, copies: bool) -> None:
     """Moves registers from the copying to the computing warpgroups, where there are several."""
     if computing == 1:  # each of two warpgroups has as many as a thread can name
