@@ -59,6 +59,11 @@ def _run(jaxpr, consts, *arguments):
     run(*leaves)
 
 
+def races_found():
+    """Whether the last kernels under ``STRICT`` touched memory that another thread wrote."""
+    return gpu_callbacks.get_races().races_found
+
+
 class _Interpreter(jaxpr_interpret.JaxprInterpreter):
     def _interpret_arithmetic_primitive(self, eqn, get_invals):
         if eqn.primitive is core.layout_cast_p:

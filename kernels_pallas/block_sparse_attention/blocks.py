@@ -97,6 +97,6 @@ def finer(
     """
     blocks = jnp.repeat(blocks, of_q, axis=1)[:, :num_q]
     blocks = jnp.pad(blocks, ((0, 0), (0, num_q - blocks.shape[1]), (0, 0)), constant_values=-1)
-    parts = blocks[..., None] * of_k + jnp.arange(of_k)
+    parts = blocks[..., None] * of_k + jnp.arange(of_k)[None, None, None]
     parts = jnp.where((blocks[..., None] < 0) | (parts >= num_k), -1, parts)
     return parts.reshape(*blocks.shape[:2], -1).astype(jnp.int32)

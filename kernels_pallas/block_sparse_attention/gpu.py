@@ -79,6 +79,8 @@ def supports(
     reason = dispatch.needs("gpu", config.interpret)
     if reason is not None:
         return reason
+    if config.interpret is True:
+        return "it runs in Mosaic-GPU's interpreter; config.interpret takes parameters of that one"
     kind = dispatch.device_kind()
     if not config.interpret and _HOPPER.search(kind) is None:
         return f"it is written for the tensor cores of Hopper, this is a {kind}"

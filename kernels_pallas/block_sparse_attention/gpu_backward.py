@@ -154,9 +154,9 @@ def _kernel_q(
                     static.rule, own_tokens, tokens, scores.shape, rows_are_queries=True
                 )
                 weights = jnp.where(visible, weights, 0.0)
-            by_scores = weights * (by_weights - parts.along_rows(subtracted, scores.shape))
-            by_products = parts.by_products(static, by_scores, scores).astype(k.dtype)
-            total = parts.plus_product(total, by_products, k_tiles.at[slot])
+            slopes = parts.slopes(static, weights, scores)
+            by_products = slopes * (by_weights - parts.along_rows(subtracted, scores.shape))
+            total = parts.plus_product(total, by_products.astype(k.dtype), k_tiles.at[slot])
             plgpu.barrier_arrive(free.at[slot])
             return total
 
@@ -290,9 +290,9 @@ def _plus_gradients(
     weights = jnp.exp2(scores - parts.along_columns(log_sum_exp, scores.shape))
     if visible is not None:
         weights = jnp.where(visible(scores.shape), weights, 0.0)
+    slopes = parts.slopes(static, weights, scores)
     by_v = parts.plus_product(by_v, weights.astype(q_part.dtype), cotangent_part)
     # Not together with the first product: there are no registers for both.
     (by_weights,) = parts.products_nt((v, cotangent))
-    by_scores = weights * (by_weights - parts.along_columns(subtracted, scores.shape))
-    by_products = parts.by_products(static, by_scores, scores).astype(q_part.dtype)
-    return parts.plus_product(by_k, by_products, q_part), by_v
+    by_products = slopes * (by_weights - parts.along_columns(subtracted, scores.shape))
+    return parts.plus_product(by_k, by_products.astype(q_part.dtype), q_part), by_v

@@ -262,12 +262,12 @@ def scores(static: Static, products: Array) -> Array:
     return (1.0 - 2.0 / (power + 1.0)) * (static.softcap * math.log2(math.e))
 
 
-def by_products(static: Static, by_scores: Array, in_base_2: Array) -> Array:
-    """Gradient by the products, up to ``scale``, from that by the scores."""
+def slopes(static: Static, weights: Array, in_base_2: Array) -> Array:
+    """Weights, times the derivative of their scores by their products, up to ``scale``."""
     if static.softcap is None:
-        return by_scores
+        return weights
     capped = in_base_2 * (math.log(2.0) / static.softcap)
-    return by_scores * (1.0 - capped * capped)
+    return weights * (1.0 - capped * capped)
 
 
 def visible(

@@ -30,6 +30,7 @@ _MODULE = "kernels_pallas.common.resources"  # __name__ is another one when it i
 _KERNEL = re.compile(r"Compiling entry function '(\w+?)(?:_mosaic_gpu_kernel)?' for '(\w+)'")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads\s*$", re.MULTILINE)
+_ERROR = re.compile(r"^\S*(?:Error|CannotCompile): .*$", re.MULTILINE)
 _SHARED = re.compile(r"dynamic_shared_memory_size %c(\d+)_i32")
 
 
@@ -99,7 +100,11 @@ def resources(program: str, *, gpu: str = "h100", **options: Any) -> list[GpuRes
         CannotCompile: the compiler refuses, or is not installed; the message is its last line.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": folder}
+        environment = {
+            "JAX_PLATFORMS": "cpu",
+            "MOSAIC_GPU_DUMP_TO": folder,
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+        }
         command = [sys.executable, "-m", _MODULE, "--compile", program, gpu]
         done = subprocess.run(
             [*command, json.dumps(options)],
@@ -108,7 +113,7 @@ def resources(program: str, *, gpu: str = "h100", **options: Any) -> list[GpuRes
             text=True,
         )
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "rror" in line] or [done.stderr]
+            said = _ERROR.findall(done.stderr) or [done.stderr]
             raise CannotCompile(f"{program} for {gpu}: {said[-1]}")
         return read(pathlib.Path(folder))
 
