@@ -20,7 +20,7 @@ test-gpu-aot:
 	$(MAKE) run-gpu-aot VENV=$(VENV)-gpu
 
 run-gpu-aot: $(VENV)/.gpu-aot
-	$(BIN)/python -c 'from kernels_pallas.common.aot import gpu_devices; print(*gpu_devices("h100"))'
+	JAX_PLATFORMS=cpu $(BIN)/python -c 'from kernels_pallas.common.aot import gpu_devices; print(*gpu_devices("h100"))'
 	$(BIN)/python -m pytest -n 2 -m gpu_aot tests/kernels_pallas/test_gpu_aot.py
 
 smoke: $(VENV)/.dev

@@ -25,8 +25,6 @@ STRICT = InterpretGPUParams(
 PLAIN = InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
 
 
-
-
 @contextlib.contextmanager
 def extended():
     """The interpreter is this one."""
@@ -85,9 +83,7 @@ class _Interpreter(jaxpr_interpret.JaxprInterpreter):
         accumulator, a, b, *leaves = get_invals()
         names = ("acc_transforms_tree", "a_transforms_tree", "b_transforms_tree")
         trees = [eqn.params[name] or jax.tree.structure([]) for name in names]
-        of_accumulator, of_a, of_b = jax.tree.unflatten(
-            jax.tree_util.treedef_tuple(trees), leaves
-        )
+        of_accumulator, of_a, of_b = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
         assert not of_accumulator
         in_registers = not isinstance(eqn.invars[1].aval, types.AbstractRef)
         multiply = functools.partial(_multiply, in_registers=in_registers)

@@ -1,8 +1,8 @@
 """Flash attention over lists of pairs of blocks on Hopper: tiles, operands, and the gradient.
 
 The kernels are in ``gpu_forward`` and ``gpu_backward``. Each has tiles of its own, so blocks given
-at run time are cut to the tiles of each; a static map is asked for in tiles. Heads are padded to 64,
-128 or 256 columns of zeros, which add nothing to a score.
+at run time are cut to the tiles of each; a static map is asked for in tiles. Heads are padded to
+64, 128 or 256 columns with zeros, which add nothing to a score.
 """
 
 import functools
@@ -154,12 +154,9 @@ def _backward(call: _Call, residuals, cotangents):
     to_q = gpu_backward.backward_q(_static(call, tiles, q, k), rows, cotangent, per_query)
     tiles = call.backward_kv(_width(q))
     columns = _sides(call, tiles, *arrays, by_rows=False)
-    to_k, to_v = gpu_backward.backward_kv(
-        _static(call, tiles, q, k), columns, cotangent, per_query
-    )
+    to_k, to_v = gpu_backward.backward_kv(_static(call, tiles, q, k), columns, cotangent, per_query)
     to_q, to_k, to_v = (
-        x[:, : like.shape[1], :, : like.shape[3]]
-        for x, like in ((to_q, q), (to_k, k), (to_v, v))
+        x[:, : like.shape[1], :, : like.shape[3]] for x, like in ((to_q, q), (to_k, k), (to_v, v))
     )
     return to_q, to_k, to_v, None, None
 
@@ -181,7 +178,15 @@ def _static(call: _Call, tiles: Tiles, q: Array, k: Array) -> Static:
 
 
 def _sides(
-    call: _Call, tiles: Tiles, q: Array, k: Array, v: Array, tokens: Tokens, blocks, *, by_rows: bool
+    call: _Call,
+    tiles: Tiles,
+    q: Array,
+    k: Array,
+    v: Array,
+    tokens: Tokens,
+    blocks,
+    *,
+    by_rows: bool,
 ) -> Sides:
     sizes = (tiles.outer, tiles.inner) if by_rows else (tiles.inner, tiles.outer)
     tokens = operands.padded_tokens(tokens, _WHOLE, _WHOLE)

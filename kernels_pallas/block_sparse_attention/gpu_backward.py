@@ -106,7 +106,7 @@ def _kernel_q(
     *,
     static: Static,
 ):
-    at, tiles = Place.here(bounds, repeat=1), static.tiles
+    at, tiles = Place.here(bounds, repeat=1, last_first=True), static.tiles
     groups = tiles.outer // ROWS
 
     @pl.when(at.group == groups)
@@ -122,7 +122,7 @@ def _kernel_q(
             plgpu.copy_gmem_to_smem(k.at[source], k_tiles.at[slot], ready.at[slot])
             plgpu.copy_gmem_to_smem(v.at[source], v_tiles.at[slot], ready.at[slot])
 
-        at.copy_each(tiles.slots, copy, free)
+        at.copy_each(tiles.slots, (free, copy))
 
     @pl.when(at.group < groups)
     def _computes():
@@ -196,7 +196,7 @@ def _kernel_kv(
     Where a head is wider than a part, two warpgroups have the same rows: both compute the scores,
     and each accumulates the gradients of its part of the columns.
     """
-    at, tiles = Place.here(bounds, repeat=static.group), static.tiles
+    at, tiles = Place.here(bounds, repeat=static.group, last_first=False), static.tiles
     groups, pieces, _, part = k_tile.shape
 
     @pl.when(at.group == groups * pieces)
@@ -220,7 +220,7 @@ def _kernel_kv(
                 source = at.batch, head, i, rows
                 plgpu.copy_gmem_to_smem(per_query.at[source], per_query_tiles.at[slot, i], to)
 
-        at.copy_each(tiles.slots, copy, free)
+        at.copy_each(tiles.slots, (free, copy))
 
     @pl.when(at.group < groups * pieces)
     def _computes():
@@ -244,12 +244,14 @@ def _kernel_kv(
             totals = _plus_gradients(
                 static,
                 totals,
-                *([x.at[held, j] for j in range(pieces)] for x in (k_tile, v_tile)),
-                *([x.at[slot, j] for j in range(pieces)] for x in (q_tiles, cotangent_tiles)),
-                q_tiles.at[slot, own_part],
-                cotangent_tiles.at[slot, own_part],
-                per_query_tiles.at[slot],
-                visible if masked else None,
+                k=[k_tile.at[held, j] for j in range(pieces)],
+                v=[v_tile.at[held, j] for j in range(pieces)],
+                q=[q_tiles.at[slot, j] for j in range(pieces)],
+                cotangent=[cotangent_tiles.at[slot, j] for j in range(pieces)],
+                q_part=q_tiles.at[slot, own_part],
+                cotangent_part=cotangent_tiles.at[slot, own_part],
+                per_query=per_query_tiles.at[slot],
+                visible=visible if masked else None,
             )
             plgpu.barrier_arrive(free.at[slot])
             return totals
@@ -271,6 +273,7 @@ def _kernel_kv(
 def _plus_gradients(
     static: Static,
     totals: tuple[Array, Array],
+    *,
     k: list[Any],
     v: list[Any],
     q: list[Any],

@@ -1,5 +1,6 @@
 """The forward kernel for Hopper; its parts are those of ``gpu_tiles``."""
 
+import functools
 import math
 from typing import Any
 
@@ -14,9 +15,7 @@ from kernels_pallas.block_sparse_attention.gpu_tiles import ROWS, Place, Sides, 
 from kernels_pallas.block_sparse_attention.specs import NOTHING
 
 
-def forward(
-    static: Static, sides: Sides
-) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
+def forward(static: Static, sides: Sides) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
     """Attention, and its log-sum-exp."""
     batch, queries, heads, width = sides.q.shape
     outer, inner, slots = static.tiles
@@ -68,7 +67,7 @@ def _kernel(
     *,
     static: Static,
 ):
-    at, tiles = Place.here(bounds, repeat=1), static.tiles
+    at, tiles = Place.here(bounds, repeat=1, last_first=True), static.tiles
     groups = tiles.outer // ROWS
 
     @pl.when(at.group == groups)
@@ -78,12 +77,15 @@ def _kernel(
             rows = pl.ds(at.tile * tiles.outer + i * ROWS, ROWS)
             plgpu.copy_gmem_to_smem(q.at[at.batch, rows, at.head], q_tile.at[i], q_ready)
 
-        def copy(step, slot):
+        def copy(step, slot, of, to, ready):
             source = at.batch, at.inner_rows(inner, step, tiles.inner), at.key_head(static.group)
-            plgpu.copy_gmem_to_smem(k.at[source], k_tiles.at[slot], k_ready.at[slot])
-            plgpu.copy_gmem_to_smem(v.at[source], v_tiles.at[slot], v_ready.at[slot])
+            plgpu.copy_gmem_to_smem(of.at[source], to.at[slot], ready.at[slot])
 
-        at.copy_each(tiles.slots, copy, k_free, v_free)
+        at.copy_each(
+            tiles.slots,
+            (k_free, functools.partial(copy, of=k, to=k_tiles, ready=k_ready)),
+            (v_free, functools.partial(copy, of=v, to=v_tiles, ready=v_ready)),
+        )
 
     @pl.when(at.group < groups)
     def _computes():

@@ -92,7 +92,7 @@ def kernel(
     computing: int,
     **types: Any,
 ) -> Callable[..., Any]:
-    """The kernel with ``computing`` warpgroups and one that copies; grids are heads, tiles, rows."""
+    """The kernel, with ``computing`` warpgroups and one that copies; grids as in ``_GRID``."""
     return plgpu.kernel(
         functools.partial(body, static=static),
         grid=grid,
@@ -136,9 +136,11 @@ class Place(NamedTuple):
     repeat: int
 
     @classmethod
-    def here(cls, bounds: Any, *, repeat: int) -> "Place":
-        """From ``Sides.bounds``."""
+    def here(cls, bounds: Any, *, repeat: int, last_first: bool) -> "Place":
+        """From ``Sides.bounds``; ``last_first`` where later tiles tend to have more to visit."""
         head, tile, batch = (lax.axis_index(name) for name in _GRID)
+        tile = bounds.shape[1] - 1 - tile if last_first else tile
+        # Long ones start first, so that short ones fill the multiprocessors up at the end.
         start, middle, stop = (bounds[batch, tile, edge] for edge in range(3))
         own = lax.axis_index(_THREAD)
         unmasked, steps = (middle - start) * repeat, (stop - start) * repeat
@@ -165,23 +167,31 @@ class Place(NamedTuple):
         visit_masked = functools.partial(visit, masked=True)
         return lax.fori_loop(self.unmasked, self.steps, visit_masked, carry)
 
-    def copy_each(self, slots: int, copy: Callable[[Array, Array], None], *free: Any) -> None:
-        """``copy(step, slot)`` for every step, once the slot's earlier contents are ``free``.
+    def copy_each(self, slots: int, *copies: tuple[Any, Callable[[Array, Array], None]]) -> None:
+        """``copy(step, slot)`` for every step, once the slot's earlier contents are free.
 
         Ends when the last contents are free as well.
+
+        Args:
+            slots: how many there are.
+            *copies: barriers that say for each slot that it is free, and what to copy then.
         """
 
-        def wait(step: Array, _: None) -> None:
-            for barrier in free:
-                slot = slot_of(step, slots)
-                pl.when(step >= slots)(functools.partial(plgpu.barrier_wait, barrier.at[slot]))
+        def wait(barriers: Any, step: Array) -> None:
+            barrier = barriers.at[slot_of(step, slots)]
+            pl.when(step >= slots)(functools.partial(plgpu.barrier_wait, barrier))
 
         def visit(step: Array, _: None) -> None:
-            wait(step, None)
-            copy(step, slot_of(step, slots))
+            for free, copy in copies:
+                wait(free, step)
+                copy(step, slot_of(step, slots))
+
+        def drain(step: Array, _: None) -> None:
+            for free, _copy in copies:
+                wait(free, step)
 
         lax.fori_loop(jnp.int32(0), self.steps, visit, None)
-        lax.fori_loop(self.steps, self.steps + slots, wait, None)
+        lax.fori_loop(self.steps, self.steps + slots, drain, None)
 
 
 def slot_of(step: Array, slots: int) -> Array:
@@ -244,13 +254,16 @@ def plus_product(total: Array, a: Array, b: Any) -> Array:
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(compute, plgpu.ACC(total.shape, jnp.float32))
+    rows, columns = total.shape
+    return pl.run_scoped(compute, plgpu.ACC((rows, columns), jnp.float32))
 
 
 def tokens(of: Any, batch: Array, rows: Any, layout: Any) -> tuple[Array, Array]:
     """Positions and segments, in registers."""
-    position, segment = (plgpu.load(of.at[batch, i, rows], (), layout=layout, optimized=False) for i in (0, 1))
-    return position, segment
+    return (
+        plgpu.load(of.at[batch, 0, rows], (), layout=layout, optimized=False),
+        plgpu.load(of.at[batch, 1, rows], (), layout=layout, optimized=False),
+    )
 
 
 def scores(static: Static, products: Array) -> Array:

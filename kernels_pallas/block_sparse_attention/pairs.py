@@ -123,9 +123,7 @@ def ranges(
     live, whole = _live_and_whole(pairs, rule, tokens, block_q, block_k)
     own, other = (pairs.q, pairs.k) if by_rows else (pairs.k, pairs.q)
     own, other = (jnp.broadcast_to(x, live.shape).astype(jnp.int32) for x in (own, other))
-    positions, block = (
-        (tokens.q_positions, block_q) if by_rows else (tokens.kv_positions, block_k)
-    )
+    positions, block = (tokens.q_positions, block_q) if by_rows else (tokens.kv_positions, block_k)
     # 3 n + 0, 1, 2 for a pair of outer block n that needs no mask, needs one, and is dead.
     kind = 3 * own + jnp.where(whole, 0, jnp.where(live, 1, 2))
     order = jnp.argsort(kind, axis=1, stable=True)

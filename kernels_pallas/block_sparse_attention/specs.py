@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ def program(
     shape: str,
     dtype: str,
     backward: bool,
-    impl: str = "tpu",
+    impl: Literal["tpu", "gpu"] = "tpu",
     block_q: int | None = None,
     block_k: int | None = None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:

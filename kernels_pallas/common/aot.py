@@ -2,7 +2,8 @@
 
 With ``libtpu`` installed, XLA:TPU and Mosaic compile to machine code on any machine: a block that
 breaks the tiling, too much VMEM or HBM are errors here as they are there. With the CUDA plug-in of
-JAX and a few of NVIDIA's wheels (``requirements-gpu-aot.txt``), so do XLA:GPU, Mosaic-GPU and ptxas.
+JAX and a few of NVIDIA's wheels (``requirements-gpu-aot.txt``), so do XLA:GPU, Mosaic-GPU and
+ptxas.
 """
 
 import functools
@@ -92,9 +93,15 @@ def gpu_devices(name: str) -> tuple[Any, ...]:
             " builds an environment that has it, from requirements-gpu-aot.txt"
         )
     target = pathlib.Path(__file__).with_name(f"{name}.txtpb").read_text()
-    found = topologies.get_topology_desc(
-        platform="cuda", topology_name=name, target_config=target, topology="1x1x1"
-    )
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name=name, target_config=target, topology="1x1x1"
+        )
+    except NotImplementedError as error:
+        raise CannotCompile(
+            f"cannot compile for {name}: JAX's CUDA plug-in did not start; with JAX_PLATFORMS=cpu"
+            " it asks for no library that only a GPU needs"
+        ) from error
     return tuple(found.devices)
 
 

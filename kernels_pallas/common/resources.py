@@ -1,8 +1,8 @@
 """What a kernel takes of a GPU that is not there, read from its real compiler.
 
-ptxas says how many registers a thread has and how many bytes it had to spill; Mosaic-GPU writes down
-how much shared memory it launches the kernel with. Both do so only for what they really compile, so
-programs are compiled in a process of their own, as for TPUs (``schedule``).
+ptxas says how many registers a thread has and how many bytes it had to spill; Mosaic-GPU writes
+down how much shared memory it launches the kernel with. Both do so only for what they really
+compile, so programs are compiled in a process of their own, as for TPUs (``schedule``).
 
 python -m kernels_pallas.common.resources OP --shape NAME [--backward]
 
