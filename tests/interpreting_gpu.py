@@ -12,28 +12,42 @@ import threading
 
 import jax
 import numpy as np
+import pytest
 from jax._src import callback
 from jax._src.pallas.mosaic.interpret import thread_map, utils
+from jax._src.pallas.mosaic.interpret.race_detection_state import RaceDetectionState
 from jax._src.pallas.mosaic_gpu import core, primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.state import types
 
+# With a clock for each of many copies none is taken to be done because a later one is.
 STRICT = InterpretGPUParams(
-    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+    detect_races=True,
+    uninitialized_memory="nan",
+    out_of_bounds_reads="raise",
+    num_tma_threads_per_device=64,
 )
 PLAIN = InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
 
 
 @contextlib.contextmanager
 def extended():
-    """The interpreter is this one."""
-    before = jaxpr_interpret.JaxprInterpreter, thread_map._run_jaxpr
-    jaxpr_interpret.JaxprInterpreter, thread_map._run_jaxpr = _Interpreter, _run
+    """The interpreter is this one; gives what it finds out about races, kernel by kernel."""
+    found = []
+
+    def remembered(**options):
+        found.append(RaceDetectionState(**options))
+        return found[-1]
+
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jaxpr_interpret, "JaxprInterpreter", _Interpreter)
+            patch.setattr(thread_map, "_run_jaxpr", _run)
+            patch.setattr(gpu_callbacks, "RaceDetectionState", remembered)
+            yield found
     finally:
-        jaxpr_interpret.JaxprInterpreter, thread_map._run_jaxpr = before
+        gpu_callbacks.reset_gpu_interpret_mode_state()
         _compiled.cache_clear()
 
 
@@ -55,11 +69,6 @@ def _run(jaxpr, consts, *arguments):
     with _compiling:
         run = _compiled(jaxpr, layout, tuple(jax.typeof(leaf) for leaf in leaves))
     run(*leaves)
-
-
-def races_found():
-    """Whether the last kernels under ``STRICT`` touched memory that another thread wrote."""
-    return gpu_callbacks.get_races().races_found
 
 
 class _Interpreter(jaxpr_interpret.JaxprInterpreter):
