@@ -1,9 +1,10 @@
 """Mosaic-GPU's interpreter, with what the kernels use and it does not have.
 
-JAX interprets copies, barriers, loops and products of matrices in shared memory. Added here: loads
-and accumulators with a layout, which means nothing to values, and products whose left side is in
-registers or whose right side is transposed. Products end at once, so an operand that is overwritten
-before its product has ended goes unnoticed.
+JAX interprets copies, barriers, loops and products of matrices in shared memory. Added here are
+what an accumulator starts from, layouts, which mean nothing to values, and products whose left side
+is in registers; for older versions of JAX, loads with a layout and products whose right side is
+transposed as well. Products end at once, so an operand that is overwritten before its product has
+ended goes unnoticed.
 """
 
 import contextlib
@@ -15,11 +16,11 @@ import numpy as np
 import pytest
 from jax._src import callback
 from jax._src.pallas.mosaic.interpret import thread_map, utils
-from jax._src.pallas.mosaic.interpret.race_detection_state import RaceDetectionState
 from jax._src.pallas.mosaic_gpu import core, primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.state import types
+from jax._src.state.primitives import swap_p
 
 # With a clock for each of many copies none is taken to be done because a later one is.
 STRICT = InterpretGPUParams(
@@ -28,6 +29,7 @@ STRICT = InterpretGPUParams(
     out_of_bounds_reads="raise",
     num_tma_threads_per_device=64,
 )
+NEWER = jax.__version_info__ >= (0, 12)
 PLAIN = InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
 
 
@@ -35,16 +37,20 @@ PLAIN = InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="rais
 def extended():
     """The interpreter is this one; gives what it finds out about races, kernel by kernel."""
     found = []
+    name = "GPURaceDetectionState" if NEWER else "RaceDetectionState"
+    state = vars(gpu_callbacks)[name]
 
     def remembered(**options):
-        found.append(RaceDetectionState(**options))
+        found.append(state(**options))
         return found[-1]
 
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jaxpr_interpret, "JaxprInterpreter", _Interpreter)
+            patch.setattr(
+                jaxpr_interpret, "JaxprInterpreter", _Interpreter if NEWER else _OlderInterpreter
+            )
             patch.setattr(thread_map, "_run_jaxpr", _run)
-            patch.setattr(gpu_callbacks, "RaceDetectionState", remembered)
+            patch.setattr(gpu_callbacks, name, remembered)
             yield found
     finally:
         gpu_callbacks.reset_gpu_interpret_mode_state()
@@ -72,21 +78,61 @@ def _run(jaxpr, consts, *arguments):
 
 
 class _Interpreter(jaxpr_interpret.JaxprInterpreter):
+    def interpret(self, jaxpr, token, *arguments):
+        return super().interpret(_with_swaps(jaxpr), token, *arguments)
+
     def _interpret_arithmetic_primitive(self, eqn, get_invals):
         if eqn.primitive is core.layout_cast_p:
             return get_invals()[0]
-        if eqn.primitive is primitives.load_p:
-            ref, *leaves = get_invals()
-            return self._call(
-                functools.partial(_read_as, like=eqn.outvars[0].aval),
-                eqn.outvars[0].aval,
-                ref,
-                jax.tree.unflatten(eqn.params["tree"], leaves),
-            )
-        if eqn.primitive is primitives.wgmma_accumulator_store_p:
-            accumulator, value = get_invals()
-            return self._call(_overwrite, eqn.outvars[0].aval, accumulator, value)
         return super()._interpret_arithmetic_primitive(eqn, get_invals)
+
+    def _interpret_wgmma_ref_p(self, eqn, token, get_invals):
+        if isinstance(eqn.invars[1].aval, types.AbstractRef):
+            return super()._interpret_wgmma_ref_p(eqn, token, get_invals)
+        accumulator, a, b, *leaves = get_invals()
+        of_b = jax.tree.unflatten(eqn.params["b_transforms_tree"], leaves)
+        place = self.mesh_location, self.thread
+        result = gpu_callbacks.TOKEN_SHAPE_DTYPE
+        return callback.io_callback(_multiply, result, token, place, accumulator, a, b, of_b), []
+
+
+@functools.cache
+def _with_swaps(jaxpr):
+    """An accumulator is a buffer like others: what is stored to it is swapped in."""
+
+    def swap(eqn):
+        if eqn.primitive is not primitives.wgmma_accumulator_store_p:
+            return eqn
+        return eqn.replace(primitive=swap_p, params={"tree": jax.tree.structure(())})
+
+    return jaxpr.replace(eqns=[swap(eqn) for eqn in jaxpr.eqns])
+
+
+def _multiply(token, place, accumulator, a, b, of_b):
+    memory, (mesh_location, thread) = gpu_callbacks._get_shared_memory(), place
+    of_b = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(of_b))
+    keys = [gpu_callbacks.HostAllocationKey.from_array(key) for key in (accumulator, b)]
+    spans = [memory.access(key, of) for key, of in zip(keys, ((), of_b), strict=True)]
+    logging = {"logging_info": gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, None)}
+    total, right = (
+        memory.get_buffer_content(key, span, thread, **logging)[0]
+        for key, span in zip(keys, spans, strict=True)
+    )
+    left = np.asarray(a)
+    assert left.dtype == right.dtype
+    total = total + left.astype(np.float32) @ right.astype(np.float32)
+    memory.store_buffer_content(keys[0], spans[0], total, thread, **logging)
+    return token
+
+
+class _OlderInterpreter(_Interpreter):
+    def _interpret_arithmetic_primitive(self, eqn, get_invals):
+        if eqn.primitive is not primitives.load_p:
+            return super()._interpret_arithmetic_primitive(eqn, get_invals)
+        ref, *leaves = get_invals()
+        like = eqn.outvars[0].aval
+        transforms = jax.tree.unflatten(eqn.params["tree"], leaves)
+        return self._call(functools.partial(_read_as, like=like), like, ref, transforms)
 
     def _interpret_wgmma_ref_p(self, eqn, token, get_invals):
         accumulator, a, b, *leaves = get_invals()
@@ -95,7 +141,7 @@ class _Interpreter(jaxpr_interpret.JaxprInterpreter):
         of_accumulator, of_a, of_b = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
         assert not of_accumulator
         in_registers = not isinstance(eqn.invars[1].aval, types.AbstractRef)
-        multiply = functools.partial(_multiply, in_registers=in_registers)
+        multiply = functools.partial(_older_multiply, in_registers=in_registers)
         token = self._call(multiply, gpu_callbacks.TOKEN_SHAPE_DTYPE, accumulator, a, of_a, b, of_b)
         return token, []
 
@@ -148,12 +194,7 @@ def _read_as(place, key, transforms, *, like):
     return content
 
 
-def _overwrite(place, key, value):
-    _Buffer(place, key).write(np.asarray(value))
-    return value
-
-
-def _multiply(place, accumulator, a, of_a, b, of_b, *, in_registers):
+def _older_multiply(place, accumulator, a, of_a, b, of_b, *, in_registers):
     left = np.asarray(a) if in_registers else _Buffer(place, a).read(of_a)
     right = _Buffer(place, b).read(of_b)
     total = _Buffer(place, accumulator)

@@ -130,10 +130,7 @@ def _kernel_q(
         own = pl.ds(at.tile * tiles.outer + at.group * ROWS, ROWS)
         own_tokens = parts.tokens(q_tokens, at.batch, own, parts.BY_ROW)
         log_sum_exp, subtracted = (
-            plgpu.load(
-                per_query.at[at.batch, at.head, i, own], (), layout=parts.BY_ROW, optimized=False
-            )
-            for i in (0, 1)
+            parts.load(per_query.at[at.batch, at.head, i, own], parts.BY_ROW) for i in (0, 1)
         )
         plgpu.barrier_wait(own_ready)
 
@@ -287,9 +284,7 @@ def _plus_gradients(
     by_k, by_v = totals
     (products,) = parts.products_nt((k, q))
     scores = parts.scores(static, products)
-    log_sum_exp, subtracted = (
-        plgpu.load(per_query.at[i], (), layout=parts.BY_COLUMN) for i in (0, 1)
-    )
+    log_sum_exp, subtracted = (parts.load(per_query.at[i], parts.BY_COLUMN) for i in (0, 1))
     weights = jnp.exp2(scores - parts.along_columns(log_sum_exp, scores.shape))
     if visible is not None:
         weights = jnp.where(visible(scores.shape), weights, 0.0)

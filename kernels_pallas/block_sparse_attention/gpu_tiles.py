@@ -12,6 +12,7 @@ registers.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -258,12 +259,16 @@ def plus_product(total: Array, a: Array, b: Any) -> Array:
     return pl.run_scoped(compute, plgpu.ACC((rows, columns), jnp.float32))
 
 
+def load(of: Any, layout: Any) -> Array:
+    """All of a reference, from either memory, in registers."""
+    # The index is an argument of this function in older versions of JAX only.
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    return plgpu.load(of, *index, layout=layout, optimized=False)
+
+
 def tokens(of: Any, batch: Array, rows: Any, layout: Any) -> tuple[Array, Array]:
     """Positions and segments, in registers."""
-    return (
-        plgpu.load(of.at[batch, 0, rows], (), layout=layout, optimized=False),
-        plgpu.load(of.at[batch, 1, rows], (), layout=layout, optimized=False),
-    )
+    return load(of.at[batch, 0, rows], layout), load(of.at[batch, 1, rows], layout)
 
 
 def scores(static: Static, products: Array) -> Array:
