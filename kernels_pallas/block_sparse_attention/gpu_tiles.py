@@ -241,7 +241,7 @@ def products_nt(*operands: tuple[list[Any], list[Any]]) -> tuple[Array, ...]:
     def compute(*sums: Any) -> tuple[Array, ...]:
         for total, (a, b) in zip(sums, operands, strict=True):
             for left, right in zip(a, b, strict=True):
-                plgpu.wgmma(total, left, plgpu.transpose_ref(right, (1, 0)))
+                plgpu.wgmma(total, left, right.transpose((1, 0)))
         return tuple(total[...] for total in sums)
 
     return pl.run_scoped(compute, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
