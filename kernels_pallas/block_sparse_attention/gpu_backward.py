@@ -250,6 +250,8 @@ def _kernel_kv(
                 per_query=per_query_tiles.at[slot],
                 visible=visible if masked else None,
             )
+            # Copies go by another way to memory than the loads of statistics; these end first.
+            plgpu.commit_smem()
             plgpu.barrier_arrive(free.at[slot])
             return totals
 
