@@ -1,4 +1,5 @@
-# make train: everything from nothing to a trained model. make test: the whole suite.
+# make train: everything from nothing to a trained model. make test: the whole suite, but for what
+# NVIDIA's compilers test, in an environment of its own: make test-gpu-aot.
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -6,7 +7,7 @@ VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2]
 PINS = $(wildcard constraints-$(VERSION).txt)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(PINS))
 
-.PHONY: train test test-slow lint format studies docs smoke clean
+.PHONY: train test test-slow test-gpu-aot run-gpu-aot lint format studies docs smoke clean
 
 train: $(VENV)/.run
 	$(BIN)/python -m tokenlab data fetch english_prose
@@ -17,6 +18,13 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist load --slow
+
+test-gpu-aot:
+	$(MAKE) run-gpu-aot VENV=$(VENV)-gpu
+
+run-gpu-aot: $(VENV)/.gpu-aot
+	JAX_PLATFORMS=cpu $(BIN)/python -c 'from kernels_pallas.common.aot import gpu_devices; print(*gpu_devices("h100"))'
+	$(BIN)/python -m pytest -n 2 -m gpu_aot tests/kernels_pallas/test_gpu_aot.py
 
 smoke: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m smoke
@@ -39,7 +47,7 @@ docs: $(VENV)/.run
 	$(BIN)/python -m tokenlab systems --markdown > docs/systems.md
 
 clean:
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) $(VENV)-gpu .cache runs
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -53,4 +61,9 @@ $(VENV)/.run: requirements.txt pyproject.toml $(PINS) | $(VENV)/bin/python
 
 $(VENV)/.dev: requirements-dev.txt requirements-notebooks.txt $(VENV)/.run
 	$(INSTALL) -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.gpu-aot: requirements-gpu-aot.txt $(VENV)/.run
+	$(INSTALL) pytest pytest-xdist hypothesis beartype
+	$(INSTALL) --no-deps -r requirements-gpu-aot.txt
 	touch $@

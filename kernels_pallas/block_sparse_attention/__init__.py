@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_sparse_attention import blocks as block_lists
-from kernels_pallas.block_sparse_attention import ref, tpu, xla
+from kernels_pallas.block_sparse_attention import gpu, ref, tpu, xla
 from kernels_pallas.block_sparse_attention.masks import (
     Bidirectional,
     Causal,
@@ -25,6 +25,8 @@ _OPERATION = Operation.of(
     tpu=tpu.block_sparse_attention,
     tpu_supports=tpu.supports,
     xla_supports=xla.supports,
+    gpu=gpu.block_sparse_attention,
+    gpu_supports=gpu.supports,
 )
 
 
@@ -42,7 +44,7 @@ def block_sparse_attention(
     softcap: float | None = None,
     blocks: Int[Array, "B Q N"] | None = None,
     block_shape: tuple[int, int] = (128, 128),
-    impl: Literal["ref", "xla", "tpu"] | None = None,
+    impl: Literal["ref", "xla", "tpu", "gpu"] | None = None,
     config: BlockSparseAttentionConfig | None = None,
 ) -> Float[Array, "B T H E"]:
     """Softmax attention under a mask rule.
@@ -71,11 +73,11 @@ def block_sparse_attention(
             is asked of the order of keys. ``None`` takes the blocks from the rule.
         block_shape: queries and keys in a block of ``blocks``; the last ones may be ragged.
         impl: ``"ref"`` (all scores), ``"xla"`` (one pair of blocks at a time, only those
-            that may see each other, scores recomputed in the backward pass), ``"tpu"`` (the
-            same, as kernels), or ``None`` for the best that can run. Where the rule skips blocks,
-            ``"xla"`` and ``"tpu"`` need queries that are the keys, in the order that
-            ``MaskRule.block_map`` describes; a batch row that breaks it gives NaN, never a wrong
-            number, and is a case for ``blocks`` or ``"ref"``.
+            that may see each other, scores recomputed in the backward pass), ``"tpu"`` and
+            ``"gpu"`` (the same, as kernels; the latter for Hopper, in 16-bit floats), or ``None``
+            for the best that can run. Where the rule skips blocks, all but ``"ref"`` need queries
+            that are the keys, in the order that ``MaskRule.block_map`` describes; a batch row that
+            breaks it gives NaN, never a wrong number, and is a case for ``blocks`` or ``"ref"``.
         config: block sizes; ``None`` derives them from the shapes.
 
     Returns:
@@ -123,7 +125,7 @@ def partial_attention(
     softcap: float | None = None,
     blocks: Int[Array, "B Q N"] | None = None,
     block_shape: tuple[int, int] = (128, 128),
-    impl: Literal["ref", "xla", "tpu"] | None = None,
+    impl: Literal["ref", "xla", "tpu", "gpu"] | None = None,
     config: BlockSparseAttentionConfig | None = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """Attention over some of the keys, with what :func:`merge_partial` needs.

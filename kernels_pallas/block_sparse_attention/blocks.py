@@ -81,3 +81,22 @@ def listed(blocks: Int[Array, "B Q N"], num_k: int) -> Bool[Array, "B Q M"]:
     b, i = jnp.arange(batch)[:, None, None], jnp.arange(rows)[None, :, None]
     blocks = jnp.where(blocks < 0, num_k, blocks)
     return found.at[b, i, blocks].set(True, mode="drop")
+
+
+def finer(
+    blocks: Int[Array, "B Q N"], of_q: int, of_k: int, num_q: int, num_k: int
+) -> Int[Array, "B R M"]:
+    """The lists for blocks that are ``of_q`` and ``of_k`` times smaller.
+
+    Args:
+        blocks: lists without repetition.
+        of_q: how many of the smaller blocks of queries make one of these.
+        of_k: likewise of keys.
+        num_q: how many of the smaller blocks of queries there are.
+        num_k: likewise of keys.
+    """
+    blocks = jnp.repeat(blocks, of_q, axis=1)[:, :num_q]
+    blocks = jnp.pad(blocks, ((0, 0), (0, num_q - blocks.shape[1]), (0, 0)), constant_values=-1)
+    parts = blocks[..., None] * of_k + jnp.arange(of_k)[None, None, None]
+    parts = jnp.where((blocks[..., None] < 0) | (parts >= num_k), -1, parts)
+    return parts.reshape(*blocks.shape[:2], -1).astype(jnp.int32)

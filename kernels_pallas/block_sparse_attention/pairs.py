@@ -7,6 +7,7 @@ one that computes nothing, so that each result is written.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -91,14 +92,7 @@ def packed(
         block_k: keys in a block.
         by_rows: the outer blocks are those of queries, not of keys.
     """
-    queries = _Ranges.of(tokens.q_positions, tokens.q_segments, block_q).at(pairs.q)
-    keys = _Ranges.of(tokens.kv_positions, tokens.kv_segments, block_k).at(pairs.k)
-    live = (queries.low <= keys.high) & (keys.low <= queries.high) & pairs.live
-    whole = live & queries.uniform & keys.uniform
-    if isinstance(rule, RangeRule):
-        whole &= rule.all_visible(queries.first, queries.last, keys.first, keys.last)
-    else:
-        whole = jnp.zeros_like(live)
+    live, whole = _live_and_whole(pairs, rule, tokens, block_q, block_k)
     own, other = (pairs.q, pairs.k) if by_rows else (pairs.k, pairs.q)
     own, other = (jnp.broadcast_to(x, live.shape).astype(jnp.int32) for x in (own, other))
     change = jnp.diff(own, axis=1) != 0
@@ -108,6 +102,48 @@ def packed(
     flags += LIVE * live + WHOLE * whole
     entries = (own << _OUTER) | (_repeat_the_last_live(other, live) << _INNER) | flags
     return entries.reshape(-1)
+
+
+def ranges(
+    pairs: Pairs, rule: MaskRule, tokens: Tokens, block_q: int, block_k: int, *, by_rows: bool
+) -> tuple[Int[Array, "B P"], Int[Array, "B N 3"]]:
+    """The live pairs of every outer block as a range of a list, those without a mask first.
+
+    Args:
+        pairs: sorted by the outer block, each of which has at least one.
+        rule: tells which pairs need no mask.
+        tokens: padded to whole blocks with segment 0.
+        block_q: queries in a block.
+        block_k: keys in a block.
+        by_rows: the outer blocks are those of queries, not of keys.
+
+    Returns:
+        Inner blocks, and where those of each outer block start, start to need a mask, and stop.
+    """
+    live, whole = _live_and_whole(pairs, rule, tokens, block_q, block_k)
+    own, other = (pairs.q, pairs.k) if by_rows else (pairs.k, pairs.q)
+    own, other = (jnp.broadcast_to(x, live.shape).astype(jnp.int32) for x in (own, other))
+    positions, block = (tokens.q_positions, block_q) if by_rows else (tokens.kv_positions, block_k)
+    # 3 n + 0, 1, 2 for a pair of outer block n that needs no mask, needs one, and is dead.
+    kind = 3 * own + jnp.where(whole, 0, jnp.where(live, 1, 2))
+    order = jnp.argsort(kind, axis=1, stable=True)
+    edges = jnp.arange(positions.shape[1] // block * 3)
+    bounds = jax.vmap(jnp.searchsorted, (0, None))(jnp.sort(kind, axis=1), edges)
+    bounds = bounds.reshape(live.shape[0], -1, 3).astype(jnp.int32)
+    return jnp.take_along_axis(other, order, axis=1), bounds
+
+
+def _live_and_whole(
+    pairs: Pairs, rule: MaskRule, tokens: Tokens, block_q: int, block_k: int
+) -> tuple[Bool[Array, "B P"], Bool[Array, "B P"]]:
+    """Which pairs have something to compute, and which of them nothing to mask."""
+    queries = _Ranges.of(tokens.q_positions, tokens.q_segments, block_q).at(pairs.q)
+    keys = _Ranges.of(tokens.kv_positions, tokens.kv_segments, block_k).at(pairs.k)
+    live = (queries.low <= keys.high) & (keys.low <= queries.high) & pairs.live
+    if not isinstance(rule, RangeRule):
+        return live, jnp.zeros_like(live)
+    visible = rule.all_visible(queries.first, queries.last, keys.first, keys.last)
+    return live, live & queries.uniform & keys.uniform & visible
 
 
 class _Ranges(NamedTuple):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ class BlockSparseAttentionConfig:
             derives it from the length.
         block_q: of ``"tpu"``: queries handled at a time; ``None`` derives it from the length.
         block_k: of ``"tpu"``: keys handled at a time; likewise.
-        interpret: of ``"tpu"``: the ``interpret`` of ``pallas_call``; true runs the kernel
-            anywhere, slowly.
+        interpret: of ``"tpu"`` and ``"gpu"``: the ``interpret`` of Pallas; runs the kernel
+            anywhere, slowly. ``"tpu"`` takes true, ``"gpu"`` parameters of the Mosaic-GPU one.
     """
 
     block: int | None = None
@@ -80,20 +80,30 @@ TPU_SHAPES = {
     "tpu-2048-wide": Shape(batch=1, length=2048, heads=4, kv_heads=1, width=256),
 }
 
+# What a GPU runs.
+GPU_SHAPES = {
+    "gpu-4096": Shape(batch=1, length=4096, heads=8, kv_heads=8, width=128),
+    "gpu-4096-grouped": Shape(batch=1, length=4096, heads=8, kv_heads=2, width=128),
+    "gpu-4096-window": Shape(batch=1, length=4096, heads=8, kv_heads=8, width=128, window=1024),
+    "gpu-2048-narrow": Shape(batch=2, length=2048, heads=8, kv_heads=8, width=64),
+    "gpu-2048-wide": Shape(batch=1, length=2048, heads=4, kv_heads=1, width=256),
+}
+
 
 def program(
     *,
     shape: str,
     dtype: str,
     backward: bool,
+    impl: Literal["tpu", "gpu"] = "tpu",
     block_q: int | None = None,
     block_k: int | None = None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A call of a named shape, or its gradient, for ``kernels_pallas.common.schedule``."""
+    """A call of a named shape, or its gradient, for ``schedule`` and ``resources``."""
     # Above this module: the operation itself takes the config from here.
     import kernels_pallas.block_sparse_attention as op
 
-    named = (SHAPES | TPU_SHAPES)[shape]
+    named = (SHAPES | TPU_SHAPES | GPU_SHAPES)[shape]
     rule = op.Causal() if named.window is None else op.SlidingWindow(size=named.window)
     tokens = jax.ShapeDtypeStruct((named.batch, named.length), jnp.int32)
     arrays = tuple(
@@ -112,7 +122,7 @@ def program(
             kv_segments=segments,
             rule=rule,
             scale=named.width**-0.5,
-            impl="tpu",
+            impl=impl,
             config=BlockSparseAttentionConfig(block_q=block_q, block_k=block_k),
         )
 

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_sparse_attention import blocks as block_lists
-from kernels_pallas.block_sparse_attention import pairs
+from kernels_pallas.block_sparse_attention import operands, pairs
 from kernels_pallas.block_sparse_attention.blocks import Tokens
 from kernels_pallas.block_sparse_attention.masks import MaskRule, RangeRule
 from kernels_pallas.block_sparse_attention.specs import NOTHING, BlockSparseAttentionConfig
@@ -124,7 +124,7 @@ def _attention(static: _Static, q, k, v, tokens: Tokens, blocks):
 
 
 def _forward(static: _Static, q, k, v, tokens: Tokens, blocks):
-    tokens = _padded_tokens(static, tokens)
+    tokens = operands.padded_tokens(tokens, static.block_q, static.block_k)
     entries = _row_entries(static, tokens, blocks, q.shape[1], k.shape[1])
     sides = _sides(static, tokens, q, k, v)
     out, log_sum_exp = _run_forward(static, entries, sides)
@@ -138,10 +138,10 @@ def _backward(static: _Static, residuals, cotangents):
     cotangent, by_log_sum_exp = cotangents
     queries, keys = q.shape[1], k.shape[1]
     sides = _sides(static, tokens, q, k, v)
-    inner = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
-    per_query = jnp.stack([log_sum_exp * math.log2(math.e), inner - by_log_sum_exp], axis=1)
-    per_query = _whole(per_query.transpose(0, 3, 1, 2), static.block_q, 3)
-    cotangent = _whole(jnp.swapaxes(cotangent, 1, 2), static.block_q, 2)
+    inner = operands.inner_products(out, cotangent, by_log_sum_exp)
+    per_query = jnp.stack([log_sum_exp * math.log2(math.e), inner], axis=1)
+    per_query = operands.whole(per_query.transpose(0, 3, 1, 2), static.block_q, 3)
+    cotangent = operands.whole(jnp.swapaxes(cotangent, 1, 2), static.block_q, 2)
     rows = _row_entries(static, tokens, blocks, queries, keys)
     to_q = _run_backward_q(static, rows, sides, cotangent, per_query)
     columns = _column_entries(static, tokens, blocks, queries, keys)
@@ -153,45 +153,25 @@ def _backward(static: _Static, residuals, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-def _whole(x: Array, block: int, axis: int) -> Array:
-    """Pads ``axis`` with zeros to whole blocks."""
-    widths = [(0, -x.shape[axis] % block if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths)
-
-
-def _padded_tokens(static: _Static, tokens: Tokens) -> Tokens:
-    """Whole blocks of int32; padding is segment 0."""
-    sizes = (static.block_q, static.block_k) * 2
-    return Tokens(*(_whole(x.astype(jnp.int32), n, 1) for x, n in zip(tokens, sizes, strict=True)))
-
-
 def _sides(static: _Static, tokens: Tokens, q: Array, k: Array, v: Array) -> _Sides:
     return _Sides(
         jnp.stack([tokens.q_positions, tokens.q_segments], axis=1),
         jnp.stack([tokens.kv_positions, tokens.kv_segments], axis=1),
-        _whole(jnp.swapaxes(q, 1, 2), static.block_q, 2),
-        _whole(jnp.swapaxes(k, 1, 2), static.block_k, 2),
-        _whole(jnp.swapaxes(v, 1, 2), static.block_k, 2),
+        operands.whole(jnp.swapaxes(q, 1, 2), static.block_q, 2),
+        operands.whole(jnp.swapaxes(k, 1, 2), static.block_k, 2),
+        operands.whole(jnp.swapaxes(v, 1, 2), static.block_k, 2),
     )
 
 
 def _row_entries(static: _Static, tokens: Tokens, blocks, queries: int, keys: int) -> Array:
     sizes = static.block_q, static.block_k
-    if blocks is None:
-        visible = block_lists.static_map(static.rule, *sizes, queries, keys)
-        listed = pairs.static_rows(visible)
-    else:
-        listed = pairs.listed_rows(blocks)
+    listed = operands.row_pairs(static.rule, blocks, sizes, queries, keys)
     return pairs.packed(listed, static.rule, tokens, *sizes, by_rows=True)
 
 
 def _column_entries(static: _Static, tokens: Tokens, blocks, queries: int, keys: int) -> Array:
     sizes = static.block_q, static.block_k
-    if blocks is None:
-        visible = block_lists.static_map(static.rule, *sizes, queries, keys)
-        listed = pairs.static_columns(visible)
-    else:
-        listed = pairs.listed_columns(blocks, block_lists.count(keys, static.block_k))
+    listed = operands.column_pairs(static.rule, blocks, sizes, queries, keys)
     return pairs.packed(listed, static.rule, tokens, *sizes, by_rows=False)
 
 

@@ -42,6 +42,12 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def device_kind() -> str:
+    """What the maker calls the device that is being traced for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def needs(kind: str, interpret: Any) -> str | None:
     """Why a Pallas kernel for platform ``kind`` cannot run here, or ``None``.
 
@@ -94,14 +100,24 @@ class Operation:
         tpu: Callable[..., Any],
         tpu_supports: Callable[..., str | None],
         xla_supports: Callable[..., str | None] = anything,
+        gpu: Callable[..., Any] | None = None,
+        gpu_supports: Callable[..., str | None] = anything,
     ) -> "Operation":
-        """An operation of the usual forms: a CPU prefers ``xla`` to ``ref``, a TPU ``tpu``."""
+        """An operation of the usual forms: a CPU prefers ``xla`` to ``ref``, a TPU ``tpu``.
+
+        A GPU prefers ``gpu`` where there is such a form.
+        """
         others = (
             Implementation(name="xla", run=xla, supports=xla_supports),
             Implementation(name="ref", run=ref, supports=anything),
         )
-        kernel = Implementation(name="tpu", run=tpu, supports=tpu_supports)
-        return cls(name=name, order={"cpu": others, "tpu": (kernel, *others)})
+        order = {
+            "cpu": others,
+            "tpu": (Implementation(name="tpu", run=tpu, supports=tpu_supports), *others),
+        }
+        if gpu is not None:
+            order["gpu"] = (Implementation(name="gpu", run=gpu, supports=gpu_supports), *others)
+        return cls(name=name, order=order)
 
     def __call__(self, impl: str | None, **arguments: Any) -> Any:
         """Runs implementation ``impl``, or with ``None`` the first that supports the arguments.

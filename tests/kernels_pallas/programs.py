@@ -1,9 +1,16 @@
-"""Programs whose schedules tests read; compiled in processes of their own."""
+"""Programs whose costs tests read; compiled in processes of their own."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.block_sparse_attention import Causal, partial_attention
+from kernels_pallas.block_sparse_attention.specs import GPU_SHAPES
 
 
 def _multiply(x_ref, y_ref, out_ref, sum_ref):
@@ -56,3 +63,48 @@ def broken():
         )(x)
 
     return run, (jax.ShapeDtypeStruct((8, 200), jnp.float32),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Even:
+    """A rule that is no ``RangeRule``, so that every pair is masked: keys at even positions."""
+
+    def __call__(self, q_pos, kv_pos, q_seg, kv_seg):
+        return (q_seg == kv_seg) & (kv_seg != 0) & (kv_pos % 2 == 0) & (q_pos >= 0)
+
+    def block_map(self, block_q, block_k, num_q, num_k):
+        return np.ones((num_q, num_k), bool)
+
+
+def attention(*, shape, dtype="bfloat16", even=False, softcap=None, block_shape=None, width=None):
+    """The gradient of ``gpu`` attention, with what is not in its named shapes."""
+    named = GPU_SHAPES[shape]
+    named = named if width is None else dataclasses.replace(named, width=width, length=1000)
+    tokens = jax.ShapeDtypeStruct((named.batch, named.length), jnp.int32)
+    q, kv = (
+        jax.ShapeDtypeStruct((named.batch, named.length, heads, named.width), dtype)
+        for heads in (named.heads, named.kv_heads)
+    )
+
+    def loss(arrays, positions, segments, *lists):
+        (q, k, v), (blocks,) = arrays, lists or (None,)
+        out, log_sum_exp = partial_attention(
+            q=q, k=k, v=v, q_positions=positions, kv_positions=positions, q_segments=segments,
+            kv_segments=segments, rule=Even() if even else Causal(), scale=0.1, softcap=softcap,
+            blocks=blocks, block_shape=tuple(block_shape or (128, 128)), impl="gpu",
+        )  # fmt: skip
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(log_sum_exp)
+
+    rows = -(-named.length // (block_shape or [1])[0])
+    lists = [] if block_shape is None else [jax.ShapeDtypeStruct((named.batch, rows, 8), jnp.int32)]
+    return jax.grad(loss), ((q, kv, kv), tokens, tokens, *lists)
+
+
+def too_much_shared_memory():
+    """A kernel that wants a mebibyte of it."""
+    kernel = plgpu.kernel(
+        lambda x, out, scratch: plgpu.copy_smem_to_gmem(scratch.at[0], out),
+        out_type=jax.ShapeDtypeStruct((128,), jnp.float32),
+        scratch_types=[plgpu.SMEM((2048, 128), jnp.float32)],
+    )
+    return kernel, (jax.ShapeDtypeStruct((128,), jnp.float32),)

@@ -1,0 +1,298 @@
+"""The backward kernels for Hopper; their parts are those of ``gpu_tiles``.
+
+Both recompute the probabilities. ``per_query`` has each query's log-sum-exp in base 2 and what is
+subtracted from the gradients by its scores (``operands.inner_products``).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from kernels_pallas.block_sparse_attention import gpu_tiles as parts
+from kernels_pallas.block_sparse_attention.gpu_tiles import ROWS, Place, Sides, Static
+
+# Columns of the two gradients of keys and values that a warpgroup has registers for.
+_PART = 128
+
+
+def backward_q(
+    static: Static,
+    sides: Sides,
+    cotangent: Float[Array, "B T H E"],
+    per_query: Float[Array, "B H 2 T"],
+) -> Float[Array, "B T H E"]:
+    """The gradient by the queries."""
+    batch, queries, heads, width = sides.q.shape
+    outer, inner, slots = static.tiles
+    groups, dtype = outer // ROWS, sides.q.dtype
+    run = parts.kernel(
+        _kernel_q,
+        static,
+        name="block_sparse_attention_backward_q",
+        grid=(heads, queries // outer, batch),
+        computing=groups,
+        out_type=jax.ShapeDtypeStruct(sides.q.shape, dtype),
+        scratch_types=(
+            parts.tiled((groups, ROWS, width), dtype),
+            parts.tiled((groups, ROWS, width), dtype),
+            parts.tiled((slots, inner, width), dtype),
+            parts.tiled((slots, inner, width), dtype),
+            plgpu.Barrier(num_arrivals=2 * groups),
+            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=slots),
+        ),
+    )
+    return run(*sides, cotangent, per_query)
+
+
+def backward_kv(
+    static: Static,
+    sides: Sides,
+    cotangent: Float[Array, "B T H E"],
+    per_query: Float[Array, "B H 2 T"],
+) -> tuple[Float[Array, "B S K E"], Float[Array, "B S K E"]]:
+    """The gradients by the keys and by the values."""
+    batch, keys, kv_heads, width = sides.k.shape
+    outer, inner, slots = static.tiles
+    part = min(width, _PART)
+    pieces, groups, dtype = width // part, outer // ROWS, sides.k.dtype
+    computing = groups * pieces
+    run = parts.kernel(
+        _kernel_kv,
+        static,
+        name="block_sparse_attention_backward_kv",
+        grid=(kv_heads, keys // outer, batch),
+        computing=computing,
+        out_type=[jax.ShapeDtypeStruct(sides.k.shape, dtype)] * 2,
+        scratch_types=(
+            parts.tiled((groups, pieces, ROWS, part), dtype),
+            parts.tiled((groups, pieces, ROWS, part), dtype),
+            parts.tiled((slots, pieces, inner, part), dtype),
+            parts.tiled((slots, pieces, inner, part), dtype),
+            plgpu.SMEM((slots, 2, inner), jnp.float32),
+            plgpu.Barrier(num_arrivals=2 * computing),
+            plgpu.Barrier(num_arrivals=2 * pieces + 2, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=computing, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=computing),
+        ),
+    )
+    to_k, to_v = run(*sides, cotangent, per_query)
+    return to_k, to_v
+
+
+def _kernel_q(
+    inner,
+    bounds,
+    q_tokens,
+    kv_tokens,
+    q,
+    k,
+    v,
+    cotangent,
+    per_query,
+    to_q,
+    q_tile,
+    cotangent_tile,
+    k_tiles,
+    v_tiles,
+    own_ready,
+    ready,
+    free,
+    *,
+    static: Static,
+):
+    at, tiles = Place.here(bounds, repeat=1, last_first=True), static.tiles
+    groups = tiles.outer // ROWS
+
+    @pl.when(at.group == groups)
+    def _copies():
+        parts.set_registers(groups, copies=True)
+        for i in range(groups):
+            own = at.batch, pl.ds(at.tile * tiles.outer + i * ROWS, ROWS), at.head
+            plgpu.copy_gmem_to_smem(q.at[own], q_tile.at[i], own_ready)
+            plgpu.copy_gmem_to_smem(cotangent.at[own], cotangent_tile.at[i], own_ready)
+
+        def copy(step, slot):
+            source = at.batch, at.inner_rows(inner, step, tiles.inner), at.key_head(static.group)
+            plgpu.copy_gmem_to_smem(k.at[source], k_tiles.at[slot], ready.at[slot])
+            plgpu.copy_gmem_to_smem(v.at[source], v_tiles.at[slot], ready.at[slot])
+
+        at.copy_each(tiles.slots, (free, copy))
+
+    @pl.when(at.group < groups)
+    def _computes():
+        parts.set_registers(groups, copies=False)
+        own = pl.ds(at.tile * tiles.outer + at.group * ROWS, ROWS)
+        own_tokens = parts.tokens(q_tokens, at.batch, own, parts.BY_ROW)
+        log_sum_exp, subtracted = (
+            parts.load(per_query.at[at.batch, at.head, i, own], parts.BY_ROW) for i in (0, 1)
+        )
+        plgpu.barrier_wait(own_ready)
+
+        def visit(step, total, *, masked: bool):
+            slot = parts.slot_of(step, tiles.slots)
+            plgpu.barrier_wait(ready.at[slot])
+            group = parts.anew(at.group)
+            products, by_weights = parts.products_nt(
+                ([q_tile.at[group]], [k_tiles.at[slot]]),
+                ([cotangent_tile.at[group]], [v_tiles.at[slot]]),
+            )
+            scores = parts.scores(static, products)
+            weights = jnp.exp2(scores - parts.along_rows(log_sum_exp, scores.shape))
+            if masked:
+                rows = at.inner_rows(inner, step, tiles.inner)
+                tokens = parts.tokens(kv_tokens, at.batch, rows, parts.BY_COLUMN)
+                visible = parts.visible(
+                    static.rule, own_tokens, tokens, scores.shape, rows_are_queries=True
+                )
+                weights = jnp.where(visible, weights, 0.0)
+            slopes = parts.slopes(static, weights, scores)
+            by_products = slopes * (by_weights - parts.along_rows(subtracted, scores.shape))
+            total = parts.plus_product(total, by_products.astype(k.dtype), k_tiles.at[slot])
+            plgpu.barrier_arrive(free.at[slot])
+            return total
+
+        total = at.for_each(visit, parts.filled((ROWS, q.shape[3]), 0.0, plgpu.Layout.WGMMA))
+        q_tile[at.group] = (total * static.scale).astype(to_q.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_tile.at[at.group], to_q.at[at.batch, own, at.head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _kernel_kv(
+    inner,
+    bounds,
+    q_tokens,
+    kv_tokens,
+    q,
+    k,
+    v,
+    cotangent,
+    per_query,
+    to_k,
+    to_v,
+    k_tile,
+    v_tile,
+    q_tiles,
+    cotangent_tiles,
+    per_query_tiles,
+    own_ready,
+    ready,
+    free,
+    done,
+    *,
+    static: Static,
+):
+    """Keys are rows, queries columns; heads of a group one after the other at each pair.
+
+    Where a head is wider than a part, two warpgroups have the same rows: both compute the scores,
+    and each accumulates the gradients of its part of the columns.
+    """
+    at, tiles = Place.here(bounds, repeat=static.group, last_first=False), static.tiles
+    groups, pieces, _, part = k_tile.shape
+
+    @pl.when(at.group == groups * pieces)
+    def _copies():
+        parts.set_registers(groups * pieces, copies=True)
+        for i in range(groups):
+            rows = pl.ds(at.tile * tiles.outer + i * ROWS, ROWS)
+            for j in range(pieces):
+                own = at.batch, rows, at.head, pl.ds(j * part, part)
+                plgpu.copy_gmem_to_smem(k.at[own], k_tile.at[i, j], own_ready)
+                plgpu.copy_gmem_to_smem(v.at[own], v_tile.at[i, j], own_ready)
+
+        def copy(step, slot):
+            rows, head = at.inner_rows(inner, step, tiles.inner), at.inner_head(step)
+            to = ready.at[slot]
+            for j in range(pieces):
+                source = at.batch, rows, head, pl.ds(j * part, part)
+                plgpu.copy_gmem_to_smem(q.at[source], q_tiles.at[slot, j], to)
+                plgpu.copy_gmem_to_smem(cotangent.at[source], cotangent_tiles.at[slot, j], to)
+            for i in (0, 1):
+                source = at.batch, head, i, rows
+                plgpu.copy_gmem_to_smem(per_query.at[source], per_query_tiles.at[slot, i], to)
+
+        at.copy_each(tiles.slots, (free, copy))
+
+    @pl.when(at.group < groups * pieces)
+    def _computes():
+        parts.set_registers(groups * pieces, copies=False)
+        own_rows = lax.div(at.group, jnp.int32(pieces))
+        own_part = lax.rem(at.group, jnp.int32(pieces))
+        rows = pl.ds(at.tile * tiles.outer + own_rows * ROWS, ROWS)
+        own_tokens = parts.tokens(kv_tokens, at.batch, rows, parts.BY_ROW)
+        plgpu.barrier_wait(own_ready)
+
+        def visit(step, totals, *, masked: bool):
+            slot = parts.slot_of(step, tiles.slots)
+            plgpu.barrier_wait(ready.at[slot])
+
+            def visible(shape):
+                columns = at.inner_rows(inner, step, tiles.inner)
+                tokens = parts.tokens(q_tokens, at.batch, columns, parts.BY_COLUMN)
+                return parts.visible(static.rule, tokens, own_tokens, shape, rows_are_queries=False)
+
+            held = parts.anew(own_rows)
+            totals = _plus_gradients(
+                static,
+                totals,
+                k=[k_tile.at[held, j] for j in range(pieces)],
+                v=[v_tile.at[held, j] for j in range(pieces)],
+                q=[q_tiles.at[slot, j] for j in range(pieces)],
+                cotangent=[cotangent_tiles.at[slot, j] for j in range(pieces)],
+                q_part=q_tiles.at[slot, own_part],
+                cotangent_part=cotangent_tiles.at[slot, own_part],
+                per_query=per_query_tiles.at[slot],
+                visible=visible if masked else None,
+            )
+            # Copies go by another way to memory than the loads of statistics; these end first.
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(free.at[slot])
+            return totals
+
+        zeros = parts.filled((ROWS, part), 0.0, plgpu.Layout.WGMMA)
+        by_k, by_v = at.for_each(visit, (zeros, zeros))
+        # Another warpgroup may still read these rows.
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+        k_tile[own_rows, own_part] = (by_k * static.scale).astype(to_k.dtype)
+        v_tile[own_rows, own_part] = by_v.astype(to_v.dtype)
+        plgpu.commit_smem()
+        to = at.batch, rows, at.head, pl.ds(own_part * part, part)
+        plgpu.copy_smem_to_gmem(k_tile.at[own_rows, own_part], to_k.at[to])
+        plgpu.copy_smem_to_gmem(v_tile.at[own_rows, own_part], to_v.at[to])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _plus_gradients(
+    static: Static,
+    totals: tuple[Array, Array],
+    *,
+    k: list[Any],
+    v: list[Any],
+    q: list[Any],
+    cotangent: list[Any],
+    q_part: Any,
+    cotangent_part: Any,
+    per_query: Any,
+    visible: Any,
+) -> tuple[Array, Array]:
+    """By keys and by values, of one more tile of queries; lists are parts of the width."""
+    by_k, by_v = totals
+    (products,) = parts.products_nt((k, q))
+    scores = parts.scores(static, products)
+    log_sum_exp, subtracted = (parts.load(per_query.at[i], parts.BY_COLUMN) for i in (0, 1))
+    weights = jnp.exp2(scores - parts.along_columns(log_sum_exp, scores.shape))
+    if visible is not None:
+        weights = jnp.where(visible(scores.shape), weights, 0.0)
+    slopes = parts.slopes(static, weights, scores)
+    by_v = parts.plus_product(by_v, weights.astype(q_part.dtype), cotangent_part)
+    # Not together with the first product: there are no registers for both.
+    (by_weights,) = parts.products_nt((v, cotangent))
+    by_products = slopes * (by_weights - parts.along_columns(subtracted, scores.shape))
+    return parts.plus_product(by_k, by_products.astype(q_part.dtype), q_part), by_v
