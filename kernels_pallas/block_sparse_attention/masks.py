@@ -51,6 +51,10 @@ class RangeRule(MaskRule, Protocol):
     A kernel leaves out the mask of such a pair of blocks; of other rules it masks every pair.
     """
 
+    def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """Whether each query sees each key of its own segment."""
+        ...
+
     def all_visible(
         self,
         q_first: Int[Array, "..."],
@@ -83,6 +87,10 @@ class Bidirectional:
         """Same segment, not padding."""
         return _same_segment(q_seg, kv_seg)
 
+    def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """Always."""
+        return jnp.ones(jnp.broadcast_shapes(q_pos.shape, kv_pos.shape), bool)
+
     def all_visible(
         self,
         q_first: Int[Array, "..."],
@@ -112,7 +120,11 @@ class Causal:
         kv_seg: Int[Array, "..."],
     ) -> Bool[Array, "..."]:
         """Same segment and ``kv_pos <= q_pos``."""
-        return _same_segment(q_seg, kv_seg) & (kv_pos <= q_pos)
+        return _same_segment(q_seg, kv_seg) & self.near(q_pos, kv_pos)
+
+    def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """``kv_pos <= q_pos``."""
+        return kv_pos <= q_pos
 
     def all_visible(
         self,
@@ -149,8 +161,11 @@ class SlidingWindow:
         kv_seg: Int[Array, "..."],
     ) -> Bool[Array, "..."]:
         """Same segment and ``q_pos - size < kv_pos <= q_pos``."""
-        near = (kv_pos <= q_pos) & (q_pos - kv_pos < self.size)
-        return _same_segment(q_seg, kv_seg) & near
+        return _same_segment(q_seg, kv_seg) & self.near(q_pos, kv_pos)
+
+    def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """``q_pos - size < kv_pos <= q_pos``."""
+        return (kv_pos <= q_pos) & (q_pos - kv_pos < self.size)
 
     def all_visible(
         self,
