@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Int
 from kernels_pallas.block_sparse_attention.blocks import Tokens
 from kernels_pallas.block_sparse_attention.masks import MaskRule, RangeRule
 
-# Flags: the first and the last entry of an outer block; something to compute; nothing to mask.
-FIRST, LAST, LIVE, WHOLE = 1, 2, 4, 8
-_INNER, _OUTER = 4, 18
+# Flags: the first and the last entry of an outer block; something to compute; all of one segment;
+# nothing to mask.
+FIRST, LAST, LIVE, ALIKE, WHOLE = 1, 2, 4, 8, 16
+_INNER, _OUTER = 5, 18
 MOST_BLOCKS = 1 << 13
 
 
@@ -94,9 +95,9 @@ def packed(
     queries = _Ranges.of(tokens.q_positions, tokens.q_segments, block_q).at(pairs.q)
     keys = _Ranges.of(tokens.kv_positions, tokens.kv_segments, block_k).at(pairs.k)
     live = (queries.low <= keys.high) & (keys.low <= queries.high) & pairs.live
-    whole = live & queries.uniform & keys.uniform
+    alike = live & queries.uniform & keys.uniform
     if isinstance(rule, RangeRule):
-        whole &= rule.all_visible(queries.first, queries.last, keys.first, keys.last)
+        whole = alike & rule.all_visible(queries.first, queries.last, keys.first, keys.last)
     else:
         whole = jnp.zeros_like(live)
     own, other = (pairs.q, pairs.k) if by_rows else (pairs.k, pairs.q)
@@ -105,7 +106,7 @@ def packed(
     edge = jnp.ones_like(live[:, :1])
     flags = FIRST * jnp.concatenate([edge, change], axis=1)
     flags += LAST * jnp.concatenate([change, edge], axis=1)
-    flags += LIVE * live + WHOLE * whole
+    flags += LIVE * live + ALIKE * alike + WHOLE * whole
     entries = (own << _OUTER) | (_repeat_the_last_live(other, live) << _INNER) | flags
     return entries.reshape(-1)
 

@@ -48,7 +48,7 @@ def fused(
             scratch_shapes=[
                 pltpu.VMEM((rows, specs.width), jnp.float32),
                 pltpu.VMEM((rows, specs.width), jnp.float32),
-                pltpu.VMEM((2, rows, lanes), jnp.int32),
+                pltpu.VMEM((rows, lanes), jnp.int32),
             ],
         ),
         out_shape=[
@@ -78,7 +78,7 @@ def _fused_kernel(
     to_v,
     accumulated_k,
     accumulated_v,
-    kv_columns,
+    kv_positions,
     *,
     static: Static,
     count: int,
@@ -98,15 +98,16 @@ def _fused_kernel(
     def _():
         accumulated_k[...] = jnp.zeros_like(accumulated_k)
         accumulated_v[...] = jnp.zeros_like(accumulated_v)
-        kv_columns[...] = tiles.columns(kv_tokens[:, keys], kv_columns.shape)
+        kv_positions[...] = tiles.column(kv_tokens[:1, keys], kv_positions.shape[1])
 
-    def accumulate(*, masked: bool):
+    def accumulate(masks: tiles.Masks):
         scores = tiles.scores(static, tiles.product_nt(k[...], q[...]))
-        weights = jnp.exp2(scores - per_query[head, :1, queries])
-        if masked:
-            weights = jnp.where(
-                tiles.visible(static, q_tokens[:, queries], kv_columns), weights, 0.0
-            )
+        columns = tiles.Side(
+            kv_positions[...], lambda: tiles.column(kv_tokens[1:, keys], kv_positions.shape[1])
+        )
+        rows = tiles.Side(q_tokens[:1, queries], lambda: q_tokens[1:, queries])
+        shown = tiles.shown(static, masks, scores, rows, columns)
+        weights = jnp.exp2(shown - per_query[head, :1, queries])
         accumulated_v[...] += tiles.product_nn(weights.astype(cotangent.dtype), cotangent[...])
         by_weights = tiles.product_nt(v[...], cotangent[...])
         by_scores = tiles.by_products(
@@ -140,7 +141,7 @@ def by_queries(
             out_specs=specs.vectors(queries=True),
             scratch_shapes=[
                 pltpu.VMEM((rows, specs.width), jnp.float32),
-                pltpu.VMEM((2, rows, lanes), jnp.int32),
+                pltpu.VMEM((rows, lanes), jnp.int32),
                 pltpu.VMEM((2, rows, lanes), jnp.float32),
             ],
         ),
@@ -164,7 +165,7 @@ def _by_queries_kernel(
     per_query,
     to_q,
     accumulated,
-    q_columns,
+    q_positions,
     statistics,
     *,
     static: Static,
@@ -177,15 +178,20 @@ def _by_queries_kernel(
     @pl.when(entry & pairs.FIRST != 0)
     def _():
         accumulated[...] = jnp.zeros_like(accumulated)
-        q_columns[...] = tiles.columns(q_tokens[:, queries], q_columns.shape)
-        statistics[...] = tiles.columns(per_query[0, :, queries], statistics.shape)
+        q_positions[...] = tiles.column(q_tokens[:1, queries], q_positions.shape[1])
+        for i in range(2):
+            row = per_query[0, i : i + 1, queries]
+            statistics[i] = tiles.column(row, statistics.shape[2])
 
-    def accumulate(*, masked: bool):
+    def accumulate(masks: tiles.Masks):
         scores = tiles.scores(static, tiles.product_nt(q[...], k[...]))
         width = scores.shape[1]
-        weights = jnp.exp2(scores - tiles.widen(statistics[0], width))
-        if masked:
-            weights = jnp.where(tiles.visible(static, q_columns, kv_tokens[:, keys]), weights, 0.0)
+        columns = tiles.Side(
+            q_positions[...], lambda: tiles.column(q_tokens[1:, queries], q_positions.shape[1])
+        )
+        rows = tiles.Side(kv_tokens[:1, keys], lambda: kv_tokens[1:, keys])
+        shown = tiles.shown(static, masks, scores, columns, rows)
+        weights = jnp.exp2(shown - tiles.widen(statistics[0], width))
         by_weights = tiles.product_nt(cotangent[...], v[...])
         by_scores = weights * (by_weights - tiles.widen(statistics[1], width))
         by_scores = tiles.by_products(static, by_scores, scores)
@@ -215,7 +221,7 @@ def by_keys(
             scratch_shapes=[
                 pltpu.VMEM((rows, specs.width), jnp.float32),
                 pltpu.VMEM((rows, specs.width), jnp.float32),
-                pltpu.VMEM((2, rows, lanes), jnp.int32),
+                pltpu.VMEM((rows, lanes), jnp.int32),
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (operands.k, operands.v)],
@@ -240,7 +246,7 @@ def _by_keys_kernel(
     to_v,
     accumulated_k,
     accumulated_v,
-    kv_columns,
+    kv_positions,
     *,
     static: Static,
     count: int,
@@ -256,15 +262,16 @@ def _by_keys_kernel(
     def _():
         accumulated_k[...] = jnp.zeros_like(accumulated_k)
         accumulated_v[...] = jnp.zeros_like(accumulated_v)
-        kv_columns[...] = tiles.columns(kv_tokens[:, keys], kv_columns.shape)
+        kv_positions[...] = tiles.column(kv_tokens[:1, keys], kv_positions.shape[1])
 
-    def accumulate(*, masked: bool):
+    def accumulate(masks: tiles.Masks):
         scores = tiles.scores(static, tiles.product_nt(k[...], q[...]))
-        weights = jnp.exp2(scores - per_query[head, :1, queries])
-        if masked:
-            weights = jnp.where(
-                tiles.visible(static, q_tokens[:, queries], kv_columns), weights, 0.0
-            )
+        columns = tiles.Side(
+            kv_positions[...], lambda: tiles.column(kv_tokens[1:, keys], kv_positions.shape[1])
+        )
+        rows = tiles.Side(q_tokens[:1, queries], lambda: q_tokens[1:, queries])
+        shown = tiles.shown(static, masks, scores, rows, columns)
+        weights = jnp.exp2(shown - per_query[head, :1, queries])
         accumulated_v[...] += tiles.product_nn(weights.astype(cotangent.dtype), cotangent[...])
         by_weights = tiles.product_nt(v[...], cotangent[...])
         by_scores = tiles.by_products(

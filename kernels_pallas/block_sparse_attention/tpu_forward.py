@@ -14,9 +14,6 @@ from kernels_pallas.block_sparse_attention import tpu_tiles as tiles
 from kernels_pallas.block_sparse_attention.specs import NOTHING
 from kernels_pallas.block_sparse_attention.tpu_operands import LANES, Operands, Specs, Static
 
-# Masked scores; below NOTHING, so that a query that sees nothing has weights of zero, not of one.
-_NEVER = 2 * NOTHING
-
 
 def run(static: Static, entries: Array, operands: Operands) -> tuple[Array, Array]:
     """Results ``[B, H, T, E]`` and log-sum-exps ``[B, H, 1, T]``, along rows."""
@@ -34,7 +31,7 @@ def run(static: Static, entries: Array, operands: Operands) -> tuple[Array, Arra
                 pltpu.VMEM((rows, lanes), jnp.float32),
                 pltpu.VMEM((rows, lanes), jnp.float32),
                 pltpu.VMEM((rows, specs.width), jnp.float32),
-                pltpu.VMEM((2, rows, lanes), jnp.int32),
+                pltpu.VMEM((rows, lanes), jnp.int32),
             ],
         ),
         out_shape=[
@@ -61,7 +58,7 @@ def _kernel(
     highest,
     total,
     accumulated,
-    q_columns,
+    q_positions,
     *,
     static: Static,
     count: int,
@@ -76,12 +73,15 @@ def _kernel(
         highest[...] = jnp.full_like(highest, NOTHING)
         total[...] = jnp.zeros_like(total)
         accumulated[...] = jnp.zeros_like(accumulated)
-        q_columns[...] = tiles.columns(q_tokens[:, queries], q_columns.shape)
+        q_positions[...] = tiles.column(q_tokens[:1, queries], q_positions.shape[1])
 
-    def accumulate(*, masked: bool):
+    def accumulate(masks: tiles.Masks):
         scores = tiles.scores(static, tiles.product_nt(q[...], k[...]))
-        if masked:
-            scores = jnp.where(tiles.visible(static, q_columns, kv_tokens[:, keys]), scores, _NEVER)
+        columns = tiles.Side(
+            q_positions[...], lambda: tiles.column(q_tokens[1:, queries], q_positions.shape[1])
+        )
+        rows = tiles.Side(kv_tokens[:1, keys], lambda: kv_tokens[1:, keys])
+        scores = tiles.shown(static, masks, scores, columns, rows)
         before = highest[...]
         higher = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp2(scores - tiles.widen(higher, scores.shape[1]))

@@ -82,9 +82,9 @@ class Specs:
         def index(b, h, p, *rest):
             *group, entries = rest
             if self.by_rows:
-                head = h if queries else h // self.group
+                head = h if queries or self.group == 1 else h // self.group
             else:
-                head = h * self.group + group[0] if queries else h
+                head = h * self.group + group[0] if queries and self.group > 1 else h
             return b, head, block(entries[b * self.pairs + p]), 0
 
         return pl.BlockSpec((None, None, size, self.width), index)

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,6 +12,7 @@ from jaxtyping import Array
 
 from kernels_pallas.block_sparse_attention import pairs
 from kernels_pallas.block_sparse_attention.masks import RangeRule
+from kernels_pallas.block_sparse_attention.specs import NOTHING
 from kernels_pallas.block_sparse_attention.tpu_operands import NO_SEGMENT, Static
 
 
@@ -19,14 +21,30 @@ def span(block: Array, size: int) -> pl.Slice:
     return pl.ds(pl.multiple_of(block * size, size), size)
 
 
-def for_live(static: Static, entry: Array, accumulate: Any) -> None:
-    """Computes a pair, unmasked if nothing of it is hidden."""
+# Masked scores; below NOTHING, so that a query that sees nothing has weights of zero, not of one.
+_NEVER = 2 * NOTHING
+
+
+class Masks(NamedTuple):
+    """What a pair of blocks must be asked for."""
+
+    positions: bool
+    segments: bool
+
+
+def for_live(static: Static, entry: Array, accumulate: Callable[[Masks], None]) -> None:
+    """Computes a pair with no more masks than it needs."""
     if not isinstance(static.rule, RangeRule):
-        pl.when(entry & pairs.LIVE != 0)(functools.partial(accumulate, masked=True))
+        pl.when(entry & pairs.LIVE != 0)(functools.partial(accumulate, Masks(True, True)))
         return
-    kind = entry & (pairs.LIVE | pairs.WHOLE)
-    pl.when(kind == pairs.LIVE)(functools.partial(accumulate, masked=True))
-    pl.when(kind == pairs.LIVE | pairs.WHOLE)(functools.partial(accumulate, masked=False))
+    kinds = {
+        pairs.LIVE: Masks(True, True),
+        pairs.LIVE | pairs.ALIKE: Masks(True, False),
+        pairs.LIVE | pairs.ALIKE | pairs.WHOLE: Masks(False, False),
+    }
+    kind = entry & (pairs.LIVE | pairs.ALIKE | pairs.WHOLE)
+    for flags, masks in kinds.items():
+        pl.when(kind == flags)(functools.partial(accumulate, masks))
 
 
 def _precision(dtype: Any) -> lax.Precision | None:
@@ -81,30 +99,40 @@ def by_products(static: Static, by_scores: Array, scores: Array) -> Array:
     return by_scores * (1.0 - jnp.square(scores * (math.log(2.0) / static.softcap)))
 
 
-def visible(static: Static, q_tokens: Any, kv_tokens: Any) -> Array:
-    """One side is a row ``[2, n]``, the other columns ``[2, m, lanes]``; gives ``[m, n]``."""
-    rows = kv_tokens if len(q_tokens.shape) == 3 else q_tokens
-    columns = q_tokens if len(q_tokens.shape) == 3 else kv_tokens
-    shape = columns.shape[1], rows.shape[1]
+class Side(NamedTuple):
+    """Tokens of one side of a pair: rows ``[1, n]``, or columns ``[m, lanes]`` equal along lanes."""
 
-    def whole(tokens: Any, which: int) -> Array:
-        if len(tokens.shape) == 3:
-            return widen(tokens[which], shape[1])
-        return jnp.broadcast_to(tokens[which : which + 1], shape)
-
-    positions, segments = ((whole(q_tokens, i), whole(kv_tokens, i)) for i in (0, 1))
-    if isinstance(static.rule, RangeRule):
-        # One comparison of segments, where the rule itself would ask for padding as well.
-        return static.rule.near(*positions) & (segments[0] == segments[1])
-    real = jnp.where(segments[1] == NO_SEGMENT, 0, segments[1])
-    return static.rule(*positions, segments[0], real)
+    positions: Array
+    segments: Callable[[], Array]  # made where they are needed
 
 
-def columns(rows: Any, shape: tuple[int, ...]) -> Array:
-    """Rows ``[c, n]`` as columns ``[c, n, lanes]``, equal along lanes."""
+def shown(static: Static, masks: Masks, x: Array, queries: Side, keys: Side) -> Array:
+    """The scores ``x``, but ``_NEVER`` where a query does not see a key."""
+    if not masks.positions:
+        return x
+    q_positions, kv_positions = (spread(side.positions, x.shape) for side in (queries, keys))
+    if not masks.segments:
+        return jnp.where(static.rule.near(q_positions, kv_positions), x, _NEVER)
+    q_segments, kv_segments = (spread(side.segments(), x.shape) for side in (queries, keys))
+    if not isinstance(static.rule, RangeRule):
+        real = jnp.where(kv_segments == NO_SEGMENT, 0, kv_segments)
+        return jnp.where(static.rule(q_positions, kv_positions, q_segments, real), x, _NEVER)
+    # Two selections, as masks that wait to be joined overflow the mask registers.
+    x = jnp.where(q_segments == kv_segments, x, _NEVER)
+    return jnp.where(static.rule.near(q_positions, kv_positions), x, _NEVER)
+
+
+def column(row: Array, lanes: int) -> Array:
+    """A row ``[1, n]`` as a column ``[n, lanes]``, equal along lanes."""
     # Turning copies of a row costs less than turning it alone and copying along lanes.
-    turned = (jnp.broadcast_to(rows[i : i + 1], shape[:0:-1]).T for i in range(shape[0]))
-    return jnp.stack(tuple(turned))
+    return jnp.broadcast_to(row, (lanes, row.shape[1])).T
+
+
+def spread(side: Array, shape: tuple[int, ...]) -> Array:
+    """A row, or a column, as a matrix."""
+    if side.shape[0] == 1:
+        return jnp.broadcast_to(side, shape)
+    return widen(side, shape[1])
 
 
 def widen(x: Array, width: int) -> Array:

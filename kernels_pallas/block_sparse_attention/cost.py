@@ -1,0 +1,141 @@
+"""What a call costs on a TPU: its kernels on their own, and the grid steps that they run.
+
+The steps come from the list of pairs that the kernels get, so that a rule, packed documents and
+lists at run time are all counted as they would run.
+"""
+
+import collections
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from kernels_pallas.block_sparse_attention import pairs, tpu_backward, tpu_forward
+from kernels_pallas.block_sparse_attention import specs as shapes
+from kernels_pallas.block_sparse_attention.blocks import Tokens, distinct, static_map
+from kernels_pallas.block_sparse_attention.masks import Causal, MaskRule, SlidingWindow
+from kernels_pallas.block_sparse_attention.tpu_operands import Operands, Static, padded_tokens
+from kernels_pallas.common.predict import Step
+
+Pass = Literal["forward", "backward"]
+# Names of the parts of a grid step, for ``predict.part_cycles``; the rule is a ``RangeRule``.
+BODIES = ("segments", "positions", "whole")
+PARTS = {
+    "forward": {"before": ("first",), "bodies": BODIES, "after": ("last",)},
+    "backward": {"before": ("start", "first"), "bodies": BODIES, "after": ("last",)},
+}
+_KINDS = {
+    pairs.LIVE: "segments",
+    pairs.LIVE | pairs.ALIKE: "positions",
+    pairs.LIVE | pairs.ALIKE | pairs.WHOLE: "whole",
+}
+# Products of a pair: scores and results; scores and its gradient, and three gradients.
+_PRODUCTS = {"forward": 2, "backward": 5}
+
+
+def named(shape: str) -> shapes.Shape:
+    """A named shape of ``specs``."""
+    return (shapes.SHAPES | shapes.TPU_SHAPES)[shape]
+
+
+def rule_of(shape: shapes.Shape) -> Causal | SlidingWindow:
+    """Causal, within the window of the shape if it has one."""
+    return Causal() if shape.window is None else SlidingWindow(size=shape.window)
+
+
+def kernel(
+    *, which: Pass, shape: str, dtype: str, block_q: int, block_k: int
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One kernel of a named shape, for ``kernels_pallas.common.schedule``.
+
+    Its operands are those of the program, so that the compiler cannot keep them in VMEM, which it
+    does with what small programs make themselves.
+    """
+    sizes = named(shape)
+    rule, struct = rule_of(sizes), jax.ShapeDtypeStruct
+    static = Static(rule, sizes.width**-0.5, None, block_q, block_k, False)
+    queries, keys = (-(-sizes.length // block) * block for block in (block_q, block_k))
+    entries = static_map(rule, block_q, block_k, sizes.length, sizes.length).sum()
+    q = struct((sizes.batch, sizes.heads, queries, sizes.width), dtype)
+    k = struct((sizes.batch, sizes.kv_heads, keys, sizes.width), dtype)
+    tokens = (struct((sizes.batch, 2, length), jnp.int32) for length in (queries, keys))
+    listed = struct((sizes.batch * int(entries),), jnp.int32)
+    operands = Operands(*tokens, q, k, k)
+    if which == "forward":
+        return lambda *arrays: tpu_forward.run(static, *arrays), (listed, operands)
+    per_query = struct((sizes.batch, sizes.heads, 2, queries), jnp.float32)
+    return lambda *arrays: tpu_backward.fused(static, *arrays), (listed, operands, q, per_query)
+
+
+def steps(
+    which: Pass,
+    shape: shapes.Shape,
+    rule: MaskRule,
+    *,
+    block_q: int,
+    block_k: int,
+    itemsize: int = 2,
+    blocks: Int[Array, "B Q N"] | None = None,
+) -> collections.Counter[Step]:
+    """The grid steps of a call over whole rows of one document each.
+
+    Args:
+        which: the kernel.
+        shape: of the call.
+        rule: of the call.
+        block_q: queries in a block.
+        block_k: keys in a block.
+        itemsize: bytes of an element.
+        blocks: lists at run time; ``None`` takes the blocks from the rule.
+    """
+    by_rows = which == "forward"
+    entries = _entries(shape, rule, block_q, block_k, blocks, by_rows=by_rows)
+    width = -(-shape.width // 128) * 128
+    own, other = (n * width * itemsize for n in (block_q, block_k))
+    own, other = (own, 2 * other) if by_rows else (2 * other / 2, 2 * own)
+    if not by_rows:
+        own = 2 * block_k * width * itemsize
+    group = 1 if by_rows else shape.heads // shape.kv_heads
+    found: collections.Counter[Step] = collections.Counter()
+    for row in entries.reshape(shape.batch, -1):
+        before = -1
+        for place, entry in enumerate(row.tolist()):
+            for head in range(group):
+                parts = _parts(which, entry, first=place == 0 and head == 0)
+                parts -= {"first"} if head else set()
+                parts -= {"last"} if head < group - 1 else set()
+                loaded = int(pairs.inner(np.int32(entry)))
+                moved = own * (("first" in parts) + ("last" in parts))
+                moved += other * (loaded != before or group > 1)
+                before = loaded
+                live = bool(entry & pairs.LIVE)
+                work = live * _PRODUCTS[which] * block_q * block_k * shape.width
+                found[Step(parts=frozenset(parts), bytes=moved, multiply_adds=work)] += 1
+    outer = shape.heads if by_rows else shape.kv_heads
+    return collections.Counter({step: outer * count for step, count in found.items()})
+
+
+def _parts(which: Pass, entry: int, *, first: bool) -> set[str]:
+    parts = {"start"} if first and which == "backward" else set()
+    parts |= {"first"} if entry & pairs.FIRST else set()
+    parts |= {"last"} if entry & pairs.LAST else set()
+    kind = entry & (pairs.LIVE | pairs.ALIKE | pairs.WHOLE)
+    return parts | ({_KINDS[kind]} if kind else set())
+
+
+def _entries(shape, rule, block_q, block_k, blocks, *, by_rows: bool) -> np.ndarray:
+    positions = jnp.broadcast_to(jnp.arange(shape.length), (shape.batch, shape.length))
+    ones = jnp.ones_like(positions)
+    static = Static(rule, 1.0, None, block_q, block_k, False)
+    tokens = padded_tokens(static, Tokens(positions, positions, ones, ones))
+    if blocks is not None:
+        num_k = -(-shape.length // block_k)
+        blocks = distinct(blocks, num_k)
+        listed = pairs.listed_rows(blocks) if by_rows else pairs.listed_columns(blocks, num_k)
+    else:
+        visible = static_map(rule, block_q, block_k, shape.length, shape.length)
+        listed = pairs.static_rows(visible) if by_rows else pairs.static_columns(visible)
+    return np.asarray(pairs.packed(listed, rule, tokens, block_q, block_k, by_rows=by_rows))
