@@ -5,8 +5,8 @@ lists at run time are all counted as they would run.
 """
 
 import collections
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ from kernels_pallas.block_sparse_attention import specs as shapes
 from kernels_pallas.block_sparse_attention.blocks import Tokens, distinct, static_map
 from kernels_pallas.block_sparse_attention.masks import Causal, MaskRule, SlidingWindow
 from kernels_pallas.block_sparse_attention.tpu_operands import Operands, Static, padded_tokens
-from kernels_pallas.common.predict import Step
+from kernels_pallas.common.predict import Peak, Step, call_cycles, part_cycles
+from kernels_pallas.common.schedule import Schedule
 
-Pass = Literal["forward", "backward"]
+PASSES: tuple[shapes.Pass, ...] = ("forward", "backward")
+SHAPES = shapes.SHAPES | shapes.TPU_SHAPES
 # Names of the parts of a grid step, for ``predict.part_cycles``; the rule is a ``RangeRule``.
 BODIES = ("segments", "positions", "whole")
 PARTS = {
@@ -36,34 +38,29 @@ _KINDS = {
 _PRODUCTS = {"forward": 2, "backward": 5}
 
 
-def named(shape: str) -> shapes.Shape:
-    """A named shape of ``specs``."""
-    return (shapes.SHAPES | shapes.TPU_SHAPES)[shape]
-
-
 def rule_of(shape: shapes.Shape) -> Causal | SlidingWindow:
     """Causal, within the window of the shape if it has one."""
     return Causal() if shape.window is None else SlidingWindow(size=shape.window)
 
 
 def kernel(
-    *, which: Pass, shape: str, dtype: str, block_q: int, block_k: int
+    *, which: shapes.Pass, shape: str, dtype: str, block_q: int, block_k: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """One kernel of a named shape, for ``kernels_pallas.common.schedule``.
 
     Its operands are those of the program, so that the compiler cannot keep them in VMEM, which it
     does with what small programs make themselves.
     """
-    sizes = named(shape)
-    rule, struct = rule_of(sizes), jax.ShapeDtypeStruct
+    sizes = SHAPES[shape]
+    rule, struct = rule_of(sizes), cast(Any, jax.ShapeDtypeStruct)
     static = Static(rule, sizes.width**-0.5, None, block_q, block_k, False)
     queries, keys = (-(-sizes.length // block) * block for block in (block_q, block_k))
     entries = static_map(rule, block_q, block_k, sizes.length, sizes.length).sum()
     q = struct((sizes.batch, sizes.heads, queries, sizes.width), dtype)
     k = struct((sizes.batch, sizes.kv_heads, keys, sizes.width), dtype)
-    tokens = (struct((sizes.batch, 2, length), jnp.int32) for length in (queries, keys))
+    q_tokens, kv_tokens = (struct((sizes.batch, 2, n), jnp.int32) for n in (queries, keys))
     listed = struct((sizes.batch * int(entries),), jnp.int32)
-    operands = Operands(*tokens, q, k, k)
+    operands = Operands(q_tokens, kv_tokens, q, k, k)
     if which == "forward":
         return lambda *arrays: tpu_forward.run(static, *arrays), (listed, operands)
     per_query = struct((sizes.batch, sizes.heads, 2, queries), jnp.float32)
@@ -71,7 +68,7 @@ def kernel(
 
 
 def steps(
-    which: Pass,
+    which: shapes.Pass,
     shape: shapes.Shape,
     rule: MaskRule,
     *,
@@ -95,19 +92,18 @@ def steps(
     entries = _entries(shape, rule, block_q, block_k, blocks, by_rows=by_rows)
     width = -(-shape.width // 128) * 128
     own, other = (n * width * itemsize for n in (block_q, block_k))
-    own, other = (own, 2 * other) if by_rows else (2 * other / 2, 2 * own)
-    if not by_rows:
-        own = 2 * block_k * width * itemsize
+    # Queries and results stay while keys and values pass, or the other way round, in pairs.
+    own, other = (own, 2 * other) if by_rows else (2 * other, 2 * own)
     group = 1 if by_rows else shape.heads // shape.kv_heads
     found: collections.Counter[Step] = collections.Counter()
     for row in entries.reshape(shape.batch, -1):
         before = -1
-        for place, entry in enumerate(row.tolist()):
+        inner = np.asarray(pairs.inner(jnp.asarray(row))).tolist()
+        for place, (entry, loaded) in enumerate(zip(row.tolist(), inner, strict=True)):
             for head in range(group):
                 parts = _parts(which, entry, first=place == 0 and head == 0)
                 parts -= {"first"} if head else set()
                 parts -= {"last"} if head < group - 1 else set()
-                loaded = int(pairs.inner(np.int32(entry)))
                 moved = own * (("first" in parts) + ("last" in parts))
                 moved += other * (loaded != before or group > 1)
                 before = loaded
@@ -118,7 +114,7 @@ def steps(
     return collections.Counter({step: outer * count for step, count in found.items()})
 
 
-def _parts(which: Pass, entry: int, *, first: bool) -> set[str]:
+def _parts(which: shapes.Pass, entry: int, *, first: bool) -> set[str]:
     parts = {"start"} if first and which == "backward" else set()
     parts |= {"first"} if entry & pairs.FIRST else set()
     parts |= {"last"} if entry & pairs.LAST else set()
@@ -139,3 +135,50 @@ def _entries(shape, rule, block_q, block_k, blocks, *, by_rows: bool) -> np.ndar
         visible = static_map(rule, block_q, block_k, shape.length, shape.length)
         listed = pairs.static_rows(visible) if by_rows else pairs.static_columns(visible)
     return np.asarray(pairs.packed(listed, rule, tokens, block_q, block_k, by_rows=by_rows))
+
+
+def candidates(which: shapes.Pass, shape: str, dtype: str) -> list[dict[str, int]]:
+    """Tiles to try: those with a float32 score matrix of 4 MiB at most."""
+    del which
+    most = 1 << (20 if jnp.dtype(dtype).itemsize == 2 else 18)
+    lengths = [n for n in (256, 512, 1024, 2048) if n <= max(SHAPES[shape].length, 256)]
+    return [
+        {"block_q": q, "block_k": k}
+        for q in lengths
+        for k in lengths
+        if 1 << 17 <= q * k <= most and max(q, k) <= 4 * min(q, k)
+    ]
+
+
+def tuned_name(which: shapes.Pass, shape: str, dtype: str) -> str:
+    """The key of an entry of ``tuned.json``."""
+    return shapes.tuned_key(which, dtype, SHAPES[shape].width, rule_of(SHAPES[shape]))
+
+
+def predicted(
+    found: Schedule,
+    peak: Peak,
+    which: shapes.Pass,
+    shape: str,
+    dtype: str,
+    sizes: Mapping[str, int],
+) -> float:
+    """Cycles of a call of a named shape."""
+    named, itemsize = SHAPES[shape], jnp.dtype(dtype).itemsize
+    counted = steps(
+        which,
+        named,
+        rule_of(named),
+        block_q=sizes["block_q"],
+        block_k=sizes["block_k"],
+        itemsize=itemsize,
+    )
+    cycles = call_cycles(counted, part_cycles(found, **PARTS[which]), peak)
+    if which == "backward":
+        cycles += unscaled_bytes(named, itemsize) / peak.bytes_per_cycle
+    return cycles
+
+
+def unscaled_bytes(shape: shapes.Shape, itemsize: int) -> float:
+    """What scaling and casting the gradients of the queries moves, after the kernel."""
+    return shape.batch * shape.heads * shape.length * shape.width * (4 + itemsize)

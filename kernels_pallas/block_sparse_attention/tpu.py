@@ -58,8 +58,16 @@ def supports(
         return reason
     if q.dtype not in (jnp.bfloat16, jnp.float32) or {k.dtype, v.dtype} != {q.dtype}:
         return f"it takes bfloat16 or float32 alike, not {q.dtype}, {k.dtype}, {v.dtype}"
+    for block_q, block_k in _tiles(q, k, rule, blocks, block_shape, config):
+        reason = _refusal(q, k, rule, blocks, block_q, block_k, config)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _refusal(q, k, rule, blocks, block_q: int, block_k: int, config) -> str | None:
+    """Why blocks of that size cannot be used, or ``None``."""
     queries, keys = q.shape[1], k.shape[1]
-    block_q, block_k = block_shape if blocks is not None else config.tiles(queries, keys)
     if not config.interpret and (block_q % LANES or block_k % LANES):
         return f"blocks of {block_q} queries and {block_k} keys are not multiples of {LANES}"
     num_q, num_k = block_lists.count(queries, block_q), block_lists.count(keys, block_k)
@@ -94,16 +102,26 @@ def block_sparse_attention(
     config: BlockSparseAttentionConfig,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """See :func:`kernels_pallas.block_sparse_attention.partial_attention`."""
+    sizes = _tiles(q, k, rule, blocks, block_shape, config)
+    passes = _Passes(*(Static(rule, scale, softcap, *size, config.interpret) for size in sizes))
     queries, keys = q.shape[1], k.shape[1]
-    block_q, block_k = block_shape if blocks is not None else config.tiles(queries, keys)
-    passes = _Passes(*[Static(rule, scale, softcap, block_q, block_k, config.interpret)] * 2)
     tokens = Tokens(q_positions, kv_positions, q_segments, kv_segments)
     if blocks is not None:
-        blocks = block_lists.distinct(blocks, block_lists.count(keys, block_k))
+        blocks = block_lists.distinct(blocks, block_lists.count(keys, block_shape[1]))
         return _attention(passes, q, k, v, tokens, blocks)
     out, log_sum_exp = _attention(passes, q, k, v, tokens, None)
-    visible = block_lists.static_map(rule, block_q, block_k, queries, keys)
-    return block_lists.where_in_order(out, log_sum_exp, tokens, visible)
+    maps = (block_lists.static_map(rule, *size, queries, keys) for size in sizes)
+    # Whichever pass skips something; so that none of them is wrong unseen.
+    visible = min(maps, key=lambda blocks: blocks.all())
+    return block_lists.where_in_order(out, log_sum_exp, tokens, rule, visible)
+
+
+def _tiles(q, k, rule, blocks, block_shape, config) -> list[tuple[int, int]]:
+    """Sizes of the blocks of the forward and of the backward pass."""
+    if blocks is not None:
+        return [block_shape] * 2
+    call = {"queries": q.shape[1], "keys": k.shape[1], "width": q.shape[3], "dtype": q.dtype}
+    return [config.tiles(which, rule=rule, **call) for which in ("forward", "backward")]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

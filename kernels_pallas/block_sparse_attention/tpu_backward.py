@@ -15,11 +15,16 @@ from jaxtyping import Array
 
 from kernels_pallas.block_sparse_attention import pairs
 from kernels_pallas.block_sparse_attention import tpu_tiles as tiles
-from kernels_pallas.block_sparse_attention.tpu_operands import LANES, Operands, Specs, Static
+from kernels_pallas.block_sparse_attention.tpu_operands import (
+    LANES,
+    VMEM_BYTES,
+    Operands,
+    Specs,
+    Static,
+)
 
 # What the gradients of the queries of a group of heads may take of VMEM, of 64 MiB or more.
 _RESIDENT_BYTES = 24 << 20
-_VMEM_BYTES = 48 << 20
 
 
 def fits(operands: Operands) -> bool:
@@ -57,7 +62,7 @@ def fused(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=_VMEM_BYTES,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         interpret=static.interpret,
         name="block_sparse_attention_backward",
@@ -147,7 +152,7 @@ def by_queries(
         ),
         out_shape=jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=static.interpret,
         name="block_sparse_attention_backward_q",
@@ -226,7 +231,8 @@ def by_keys(
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (operands.k, operands.v)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         interpret=static.interpret,
         name="block_sparse_attention_backward_kv",

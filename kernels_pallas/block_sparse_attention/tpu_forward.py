@@ -12,7 +12,13 @@ from jaxtyping import Array
 from kernels_pallas.block_sparse_attention import pairs
 from kernels_pallas.block_sparse_attention import tpu_tiles as tiles
 from kernels_pallas.block_sparse_attention.specs import NOTHING
-from kernels_pallas.block_sparse_attention.tpu_operands import LANES, Operands, Specs, Static
+from kernels_pallas.block_sparse_attention.tpu_operands import (
+    LANES,
+    VMEM_BYTES,
+    Operands,
+    Specs,
+    Static,
+)
 
 
 def run(static: Static, entries: Array, operands: Operands) -> tuple[Array, Array]:
@@ -39,7 +45,7 @@ def run(static: Static, entries: Array, operands: Operands) -> tuple[Array, Arra
             jax.ShapeDtypeStruct((*operands.q.shape[:2], 1, operands.q.shape[2]), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=static.interpret,
         name="block_sparse_attention_forward",

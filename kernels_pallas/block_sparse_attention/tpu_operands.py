@@ -11,6 +11,8 @@ from kernels_pallas.block_sparse_attention.blocks import Tokens
 from kernels_pallas.block_sparse_attention.masks import MaskRule
 
 LANES = 128
+# What a kernel may hold, of 64 MiB (v5p, tpu7x) to 128 MiB (v5e, v6e) that a core has.
+VMEM_BYTES = 48 << 20
 # Of keys that are padding; no query has it.
 NO_SEGMENT = jnp.iinfo(jnp.int32).min
 

@@ -16,7 +16,7 @@ from kernels_pallas.block_sparse_attention.specs import NOTHING
 from kernels_pallas.block_sparse_attention.tpu_operands import NO_SEGMENT, Static
 
 
-def span(block: Array, size: int) -> pl.Slice:
+def span(block: Array, size: int) -> Any:
     """The tokens of ``block``."""
     return pl.ds(pl.multiple_of(block * size, size), size)
 
@@ -100,7 +100,7 @@ def by_products(static: Static, by_scores: Array, scores: Array) -> Array:
 
 
 class Side(NamedTuple):
-    """Tokens of one side of a pair: rows ``[1, n]``, or columns ``[m, lanes]`` equal along lanes."""
+    """Tokens of one side of a pair: rows ``[1, n]``, or columns ``[m, lanes]`` of equal lanes."""
 
     positions: Array
     segments: Callable[[], Array]  # made where they are needed
@@ -111,15 +111,16 @@ def shown(static: Static, masks: Masks, x: Array, queries: Side, keys: Side) -> 
     if not masks.positions:
         return x
     q_positions, kv_positions = (spread(side.positions, x.shape) for side in (queries, keys))
-    if not masks.segments:
-        return jnp.where(static.rule.near(q_positions, kv_positions), x, _NEVER)
-    q_segments, kv_segments = (spread(side.segments(), x.shape) for side in (queries, keys))
-    if not isinstance(static.rule, RangeRule):
+    rule = static.rule
+    if not isinstance(rule, RangeRule):
+        q_segments, kv_segments = (spread(side.segments(), x.shape) for side in (queries, keys))
         real = jnp.where(kv_segments == NO_SEGMENT, 0, kv_segments)
-        return jnp.where(static.rule(q_positions, kv_positions, q_segments, real), x, _NEVER)
-    # Two selections, as masks that wait to be joined overflow the mask registers.
-    x = jnp.where(q_segments == kv_segments, x, _NEVER)
-    return jnp.where(static.rule.near(q_positions, kv_positions), x, _NEVER)
+        return jnp.where(rule(q_positions, kv_positions, q_segments, real), x, _NEVER)
+    if masks.segments:
+        # Two selections, as masks that wait to be joined overflow the mask registers.
+        q_segments, kv_segments = (spread(side.segments(), x.shape) for side in (queries, keys))
+        x = jnp.where(q_segments == kv_segments, x, _NEVER)
+    return jnp.where(rule.near(q_positions, kv_positions), x, _NEVER)
 
 
 def column(row: Array, lanes: int) -> Array:

@@ -116,9 +116,7 @@ def step_cycles(step: Step, parts: Mapping[str, int], peak: Peak) -> float:
 def body_cycles(steps: Mapping[Step, int], parts: Mapping[str, int], names: Iterable[str]) -> int:
     """Bundles of the parts ``names`` in a call, without what their steps cost besides."""
     names = set(names)
-    return sum(
-        count * parts[name] for step, count in steps.items() for name in step.parts & names
-    )
+    return sum(count * parts[name] for step, count in steps.items() for name in step.parts & names)
 
 
 def _works(segment: Segment) -> bool:
