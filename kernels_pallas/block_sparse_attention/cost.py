@@ -26,8 +26,8 @@ SHAPES = shapes.SHAPES | shapes.TPU_SHAPES
 # Names of the parts of a grid step, for ``predict.part_cycles``; the rule is a ``RangeRule``.
 BODIES = ("segments", "positions", "whole")
 PARTS = {
-    "forward": {"before": ("first",), "bodies": BODIES, "after": ("last",)},
-    "backward": {"before": ("start", "first"), "bodies": BODIES, "after": ("last",)},
+    "forward": {"before": ("first", "turn"), "bodies": BODIES, "after": ("last",)},
+    "backward": {"before": ("start", "first", "turn"), "bodies": BODIES, "after": ("last",)},
 }
 _KINDS = {
     pairs.LIVE: "segments",
@@ -102,7 +102,7 @@ def steps(
         for place, (entry, loaded) in enumerate(zip(row.tolist(), inner, strict=True)):
             for head in range(group):
                 parts = _parts(which, entry, first=place == 0 and head == 0)
-                parts -= {"first"} if head else set()
+                parts -= {"first", "turn"} if head else set()
                 parts -= {"last"} if head < group - 1 else set()
                 moved = own * (("first" in parts) + ("last" in parts))
                 moved += other * (loaded != before or group > 1)
@@ -117,6 +117,7 @@ def steps(
 def _parts(which: shapes.Pass, entry: int, *, first: bool) -> set[str]:
     parts = {"start"} if first and which == "backward" else set()
     parts |= {"first"} if entry & pairs.FIRST else set()
+    parts |= {"turn"} if entry & pairs.TURN else set()
     parts |= {"last"} if entry & pairs.LAST else set()
     kind = entry & (pairs.LIVE | pairs.ALIKE | pairs.WHOLE)
     return parts | ({_KINDS[kind]} if kind else set())

@@ -16,10 +16,10 @@ from kernels_pallas.block_sparse_attention.blocks import Tokens
 from kernels_pallas.block_sparse_attention.masks import MaskRule, RangeRule
 
 # Flags: the first and the last entry of an outer block; something to compute; all of one segment;
-# nothing to mask.
-FIRST, LAST, LIVE, ALIKE, WHOLE = 1, 2, 4, 8, 16
-_INNER, _OUTER = 5, 18
-MOST_BLOCKS = 1 << 13
+# nothing to mask; the first entry of an outer block with something to mask.
+FIRST, LAST, LIVE, ALIKE, WHOLE, TURN = 1, 2, 4, 8, 16, 32
+_INNER, _OUTER = 6, 18
+MOST_BLOCKS = 1 << 12
 
 
 class Pairs(NamedTuple):
@@ -107,6 +107,7 @@ def packed(
     flags = FIRST * jnp.concatenate([edge, change], axis=1)
     flags += LAST * jnp.concatenate([change, edge], axis=1)
     flags += LIVE * live + ALIKE * alike + WHOLE * whole
+    flags += TURN * _first_of_each(live & ~whole, flags & FIRST != 0)
     entries = (own << _OUTER) | (_repeat_the_last_live(other, live) << _INNER) | flags
     return entries.reshape(-1)
 
@@ -133,6 +134,14 @@ class _Ranges(NamedTuple):
     def at(self, index: Int[Array, "R P"]) -> "_Ranges":
         index = jnp.broadcast_to(index, (self.low.shape[0], index.shape[1]))
         return _Ranges(*(jnp.take_along_axis(x, index, axis=1) for x in self))
+
+
+def _first_of_each(asked: Bool[Array, "B P"], starts: Bool[Array, "B P"]) -> Bool[Array, "B P"]:
+    """The first that is ``asked`` from each start on."""
+    place = jnp.arange(asked.shape[1])[None]
+    latest = lax.cummax(jnp.where(asked, place, -1), axis=1)
+    before = jnp.concatenate([jnp.full_like(latest[:, :1], -1), latest[:, :-1]], axis=1)
+    return asked & (before < lax.cummax(jnp.where(starts, place, 0), axis=1))
 
 
 def _repeat_the_last_live(x: Int[Array, "B P"], live: Bool[Array, "B P"]) -> Int[Array, "B P"]:

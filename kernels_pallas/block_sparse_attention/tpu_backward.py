@@ -41,7 +41,6 @@ def fused(
 ) -> tuple[Array, Array, Array]:
     """Gradients by queries (float32, up to ``scale``), keys and values, along columns."""
     specs = Specs(static, entries, operands, by_rows=False)
-    lanes = math.gcd(static.block_q, LANES)
     rows, group = static.block_k, specs.group
     return pl.pallas_call(
         functools.partial(_fused_kernel, static=static, count=specs.pairs, group=group),
@@ -53,7 +52,7 @@ def fused(
             scratch_shapes=[
                 pltpu.VMEM((rows, specs.width), jnp.float32),
                 pltpu.VMEM((rows, specs.width), jnp.float32),
-                pltpu.VMEM((rows, lanes), jnp.int32),
+                pltpu.VMEM((rows, math.gcd(static.block_q, LANES)), jnp.int32),
             ],
         ),
         out_shape=[
@@ -103,14 +102,15 @@ def _fused_kernel(
     def _():
         accumulated_k[...] = jnp.zeros_like(accumulated_k)
         accumulated_v[...] = jnp.zeros_like(accumulated_v)
+
+    @pl.when((entry & pairs.TURN != 0) & (head == 0))
+    def _():
         kv_positions[...] = tiles.column(kv_tokens[:1, keys], kv_positions.shape[1])
 
     def accumulate(masks: tiles.Masks):
         scores = tiles.scores(static, tiles.product_nt(k[...], q[...]))
-        columns = tiles.Side(
-            kv_positions[...], lambda: tiles.column(kv_tokens[1:, keys], kv_positions.shape[1])
-        )
-        rows = tiles.Side(q_tokens[:1, queries], lambda: q_tokens[1:, queries])
+        columns = tiles.Side.of_columns(kv_positions, kv_tokens, keys)
+        rows = tiles.Side.of_rows(q_tokens, queries)
         shown = tiles.shown(static, masks, scores, rows, columns)
         weights = jnp.exp2(shown - per_query[head, :1, queries])
         accumulated_v[...] += tiles.product_nn(weights.astype(cotangent.dtype), cotangent[...])
@@ -146,8 +146,8 @@ def by_queries(
             out_specs=specs.vectors(queries=True),
             scratch_shapes=[
                 pltpu.VMEM((rows, specs.width), jnp.float32),
-                pltpu.VMEM((rows, lanes), jnp.int32),
                 pltpu.VMEM((2, rows, lanes), jnp.float32),
+                pltpu.VMEM((rows, lanes), jnp.int32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype),
@@ -170,8 +170,8 @@ def _by_queries_kernel(
     per_query,
     to_q,
     accumulated,
-    q_positions,
     statistics,
+    q_positions,
     *,
     static: Static,
     count: int,
@@ -183,18 +183,19 @@ def _by_queries_kernel(
     @pl.when(entry & pairs.FIRST != 0)
     def _():
         accumulated[...] = jnp.zeros_like(accumulated)
-        q_positions[...] = tiles.column(q_tokens[:1, queries], q_positions.shape[1])
         for i in range(2):
             row = per_query[0, i : i + 1, queries]
             statistics[i] = tiles.column(row, statistics.shape[2])
 
+    @pl.when(entry & pairs.TURN != 0)
+    def _():
+        q_positions[...] = tiles.column(q_tokens[:1, queries], q_positions.shape[1])
+
     def accumulate(masks: tiles.Masks):
         scores = tiles.scores(static, tiles.product_nt(q[...], k[...]))
         width = scores.shape[1]
-        columns = tiles.Side(
-            q_positions[...], lambda: tiles.column(q_tokens[1:, queries], q_positions.shape[1])
-        )
-        rows = tiles.Side(kv_tokens[:1, keys], lambda: kv_tokens[1:, keys])
+        columns = tiles.Side.of_columns(q_positions, q_tokens, queries)
+        rows = tiles.Side.of_rows(kv_tokens, keys)
         shown = tiles.shown(static, masks, scores, columns, rows)
         weights = jnp.exp2(shown - tiles.widen(statistics[0], width))
         by_weights = tiles.product_nt(cotangent[...], v[...])
@@ -214,7 +215,6 @@ def by_keys(
 ) -> tuple[Array, Array]:
     """Gradients by keys and values, along columns."""
     specs = Specs(static, entries, operands, by_rows=False)
-    lanes = math.gcd(static.block_q, LANES)
     rows = static.block_k
     return pl.pallas_call(
         functools.partial(_by_keys_kernel, static=static, count=specs.pairs, group=specs.group),
@@ -226,7 +226,7 @@ def by_keys(
             scratch_shapes=[
                 pltpu.VMEM((rows, specs.width), jnp.float32),
                 pltpu.VMEM((rows, specs.width), jnp.float32),
-                pltpu.VMEM((rows, lanes), jnp.int32),
+                pltpu.VMEM((rows, math.gcd(static.block_q, LANES)), jnp.int32),
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (operands.k, operands.v)],
@@ -268,14 +268,15 @@ def _by_keys_kernel(
     def _():
         accumulated_k[...] = jnp.zeros_like(accumulated_k)
         accumulated_v[...] = jnp.zeros_like(accumulated_v)
+
+    @pl.when((entry & pairs.TURN != 0) & (head == 0))
+    def _():
         kv_positions[...] = tiles.column(kv_tokens[:1, keys], kv_positions.shape[1])
 
     def accumulate(masks: tiles.Masks):
         scores = tiles.scores(static, tiles.product_nt(k[...], q[...]))
-        columns = tiles.Side(
-            kv_positions[...], lambda: tiles.column(kv_tokens[1:, keys], kv_positions.shape[1])
-        )
-        rows = tiles.Side(q_tokens[:1, queries], lambda: q_tokens[1:, queries])
+        columns = tiles.Side.of_columns(kv_positions, kv_tokens, keys)
+        rows = tiles.Side.of_rows(q_tokens, queries)
         shown = tiles.shown(static, masks, scores, rows, columns)
         weights = jnp.exp2(shown - per_query[head, :1, queries])
         accumulated_v[...] += tiles.product_nn(weights.astype(cotangent.dtype), cotangent[...])

@@ -69,42 +69,54 @@ def _kernel(
     static: Static,
     count: int,
 ):
-    """``highest`` is equal along lanes; ``total`` sums over them only at the end."""
+    """``highest`` is equal along lanes; ``total`` sums over them only at the end.
+
+    ``total`` and ``accumulated`` hold anything until a query has seen a key.
+    """
     entry = entries[pl.program_id(0) * count + pl.program_id(2)]
     queries = tiles.span(pairs.outer(entry), static.block_q)
     keys = tiles.span(pairs.inner(entry), static.block_k)
+    lanes = highest.shape[1]
 
     @pl.when(entry & pairs.FIRST != 0)
     def _():
         highest[...] = jnp.full_like(highest, NOTHING)
-        total[...] = jnp.zeros_like(total)
-        accumulated[...] = jnp.zeros_like(accumulated)
-        q_positions[...] = tiles.column(q_tokens[:1, queries], q_positions.shape[1])
+
+    @pl.when(entry & pairs.TURN != 0)
+    def _():
+        q_positions[...] = tiles.column(q_tokens[:1, queries], lanes)
 
     def accumulate(masks: tiles.Masks):
         scores = tiles.scores(static, tiles.product_nt(q[...], k[...]))
-        columns = tiles.Side(
-            q_positions[...], lambda: tiles.column(q_tokens[1:, queries], q_positions.shape[1])
-        )
-        rows = tiles.Side(kv_tokens[:1, keys], lambda: kv_tokens[1:, keys])
+        columns = tiles.Side.of_columns(q_positions, q_tokens, queries)
+        rows = tiles.Side.of_rows(kv_tokens, keys)
         scores = tiles.shown(static, masks, scores, columns, rows)
         before = highest[...]
         higher = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp2(scores - tiles.widen(higher, scores.shape[1]))
         kept = jnp.exp2(before - higher)
         highest[...] = higher
-        total[...] = total[...] * kept + tiles.sum_of_lanes(weights, total.shape[1])
+        total[...] = _scaled(total[...], kept) + tiles.sum_of_lanes(weights, lanes)
         block = tiles.product_nn(weights.astype(v.dtype), v[...])
-        accumulated[...] = accumulated[...] * tiles.widen(kept, block.shape[1]) + block
+        kept = tiles.widen(kept, block.shape[1])
+        accumulated[...] = _scaled(accumulated[...], kept) + block
 
     tiles.for_live(static, entry, accumulate)
 
     @pl.when(entry & pairs.LAST != 0)
     def _():
         summed = jnp.sum(total[...], axis=1, keepdims=True)
-        summed = jnp.where(summed > 0, summed, 1.0)
-        out[...] = (accumulated[...] / summed).astype(out.dtype)
-        rows = (highest[...] + jnp.log2(summed)) * math.log(2.0)
-        # NOTHING was never scaled to base 2.
-        rows = jnp.where(highest[...] > NOTHING, rows, NOTHING)
-        log_sum_exp[0, :, queries] = rows.T[:1]
+        best, rows = highest[...], jnp.broadcast_to(summed, highest.shape)
+        seen = best > NOTHING
+        inverse = jnp.where(seen, 1.0 / summed, 0.0)
+        inverse = tiles.widen(inverse, accumulated.shape[1])
+        out[...] = _scaled(accumulated[...], inverse).astype(out.dtype)
+        best, rows = tiles.row(best), tiles.row(rows)
+        log_sum_exp[0, :, queries] = jnp.where(
+            best > NOTHING, (best + jnp.log2(rows)) * math.log(2.0), NOTHING
+        )
+
+
+def _scaled(x: Array, factor: Array) -> Array:
+    """``x · factor``, and 0 for a factor of 0, whatever ``x`` holds."""
+    return jnp.where(factor > 0.0, x * factor, 0.0)

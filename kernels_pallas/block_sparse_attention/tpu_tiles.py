@@ -102,15 +102,25 @@ def by_products(static: Static, by_scores: Array, scores: Array) -> Array:
 class Side(NamedTuple):
     """Tokens of one side of a pair: rows ``[1, n]``, or columns ``[m, lanes]`` of equal lanes."""
 
-    positions: Array
-    segments: Callable[[], Array]  # made where they are needed
+    positions: Callable[[], Array]
+    segments: Callable[[], Array]
+
+    @classmethod
+    def of_rows(cls, tokens: Any, here: Any) -> "Side":
+        """Of ``[2, T]``."""
+        return cls(lambda: tokens[:1, here], lambda: tokens[1:, here])
+
+    @classmethod
+    def of_columns(cls, positions: Any, tokens: Any, here: Any) -> "Side":
+        """Of ``[2, T]``; positions are turned already, segments are where they are used."""
+        return cls(lambda: positions[...], lambda: column(tokens[1:, here], positions.shape[1]))
 
 
 def shown(static: Static, masks: Masks, x: Array, queries: Side, keys: Side) -> Array:
     """The scores ``x``, but ``_NEVER`` where a query does not see a key."""
     if not masks.positions:
         return x
-    q_positions, kv_positions = (spread(side.positions, x.shape) for side in (queries, keys))
+    q_positions, kv_positions = (spread(side.positions(), x.shape) for side in (queries, keys))
     rule = static.rule
     if not isinstance(rule, RangeRule):
         q_segments, kv_segments = (spread(side.segments(), x.shape) for side in (queries, keys))
@@ -127,6 +137,24 @@ def column(row: Array, lanes: int) -> Array:
     """A row ``[1, n]`` as a column ``[n, lanes]``, equal along lanes."""
     # Turning copies of a row costs less than turning it alone and copying along lanes.
     return jnp.broadcast_to(row, (lanes, row.shape[1])).T
+
+
+def row(x: Array) -> Array:
+    """A column ``[n, lanes]``, equal along lanes, as a row ``[1, n]``."""
+    lanes = x.shape[1]
+    diagonal = (lax.broadcasted_iota(jnp.int32, (lanes, lanes), i) for i in (0, 1))
+    diagonal = jnp.equal(*diagonal)
+    squares = [x[start : start + lanes] for start in range(0, x.shape[0], lanes)]
+    # By selection, not by a transpose, which costs many times as much.
+    return jnp.concatenate(
+        [
+            jnp.sum(jnp.where(diagonal[: part.shape[0]], part, 0.0), axis=0, keepdims=True)[
+                :, : part.shape[0]
+            ]
+            for part in squares
+        ],
+        axis=1,
+    )
 
 
 def spread(side: Array, shape: tuple[int, ...]) -> Array:
