@@ -61,10 +61,19 @@ def kernel(
     q_tokens, kv_tokens = (struct((sizes.batch, 2, n), jnp.int32) for n in (queries, keys))
     listed = struct((sizes.batch * int(entries),), jnp.int32)
     operands = Operands(q_tokens, kv_tokens, q, k, k)
+
+    def given(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+        return pairs.Listed(arrays[0], int(entries)), *arrays[1:]
+
     if which == "forward":
-        return lambda *arrays: tpu_forward.run(static, *arrays), (listed, operands)
+        return lambda *arrays: tpu_forward.run(static, *given(arrays)), (listed, operands)
     per_query = struct((sizes.batch, sizes.heads, 2, queries), jnp.float32)
-    return lambda *arrays: tpu_backward.fused(static, *arrays), (listed, operands, q, per_query)
+    return lambda *arrays: tpu_backward.fused(static, *given(arrays)), (
+        listed,
+        operands,
+        q,
+        per_query,
+    )
 
 
 def steps(
@@ -89,14 +98,15 @@ def steps(
         blocks: lists at run time; ``None`` takes the blocks from the rule.
     """
     by_rows = which == "forward"
-    entries = _entries(shape, rule, block_q, block_k, blocks, by_rows=by_rows)
+    listed = _entries(shape, rule, block_q, block_k, blocks, by_rows=by_rows)
+    entries = np.asarray(listed.entries).reshape(shape.batch, -1)[:, : int(listed.steps)]
     width = -(-shape.width // 128) * 128
     own, other = (n * width * itemsize for n in (block_q, block_k))
     # Queries and results stay while keys and values pass, or the other way round, in pairs.
     own, other = (own, 2 * other) if by_rows else (2 * other, 2 * own)
     group = 1 if by_rows else shape.heads // shape.kv_heads
     found: collections.Counter[Step] = collections.Counter()
-    for row in entries.reshape(shape.batch, -1):
+    for row in entries:
         before = -1
         inner = np.asarray(pairs.inner(jnp.asarray(row))).tolist()
         for place, (entry, loaded) in enumerate(zip(row.tolist(), inner, strict=True)):
@@ -123,7 +133,7 @@ def _parts(which: shapes.Pass, entry: int, *, first: bool) -> set[str]:
     return parts | ({_KINDS[kind]} if kind else set())
 
 
-def _entries(shape, rule, block_q, block_k, blocks, *, by_rows: bool) -> np.ndarray:
+def _entries(shape, rule, block_q, block_k, blocks, *, by_rows: bool) -> pairs.Listed:
     positions = jnp.broadcast_to(jnp.arange(shape.length), (shape.batch, shape.length))
     ones = jnp.ones_like(positions)
     static = Static(rule, 1.0, None, block_q, block_k, False)
@@ -135,7 +145,9 @@ def _entries(shape, rule, block_q, block_k, blocks, *, by_rows: bool) -> np.ndar
     else:
         visible = static_map(rule, block_q, block_k, shape.length, shape.length)
         listed = pairs.static_rows(visible) if by_rows else pairs.static_columns(visible)
-    return np.asarray(pairs.packed(listed, rule, tokens, block_q, block_k, by_rows=by_rows))
+    return pairs.packed(
+        listed, rule, tokens, block_q, block_k, by_rows=by_rows, shortened=blocks is not None
+    )
 
 
 def candidates(which: shapes.Pass, shape: str, dtype: str) -> list[dict[str, int]]:

@@ -30,6 +30,13 @@ class Pairs(NamedTuple):
     live: Bool[Array, "R P"]
 
 
+class Listed(NamedTuple):
+    """Entries of every batch row, one after the other, and how many of a row's are steps."""
+
+    entries: Int[Array, " BP"]
+    steps: int | Int[Array, ""]
+
+
 def outer(entry: Int[Array, "..."]) -> Int[Array, "..."]:
     """The block whose result is accumulated."""
     return lax.shift_right_logical(entry, _OUTER)
@@ -77,9 +84,16 @@ def listed_columns(blocks: Int[Array, "B Q N"], num_k: int) -> Pairs:
 
 
 def packed(
-    pairs: Pairs, rule: MaskRule, tokens: Tokens, block_q: int, block_k: int, *, by_rows: bool
-) -> Int[Array, " BP"]:
-    """The entries of every batch row, one after the other.
+    pairs: Pairs,
+    rule: MaskRule,
+    tokens: Tokens,
+    block_q: int,
+    block_k: int,
+    *,
+    by_rows: bool,
+    shortened: bool = False,
+) -> Listed:
+    """The entries of every batch row.
 
     Pairs whose segments cannot meet compute nothing and repeat the block before them, so that
     nothing is loaded for them.
@@ -91,25 +105,55 @@ def packed(
         block_q: queries in a block.
         block_k: keys in a block.
         by_rows: the outer blocks are those of queries, not of keys.
+        shortened: drops pairs that compute nothing, which makes the number of steps dynamic.
     """
     queries = _Ranges.of(tokens.q_positions, tokens.q_segments, block_q).at(pairs.q)
     keys = _Ranges.of(tokens.kv_positions, tokens.kv_segments, block_k).at(pairs.k)
     live = (queries.low <= keys.high) & (keys.low <= queries.high) & pairs.live
-    alike = live & queries.uniform & keys.uniform
+    flags = LIVE * live + ALIKE * (live & queries.uniform & keys.uniform)
     if isinstance(rule, RangeRule):
-        whole = alike & rule.all_visible(queries.first, queries.last, keys.first, keys.last)
-    else:
-        whole = jnp.zeros_like(live)
+        seen = rule.all_visible(queries.first, queries.last, keys.first, keys.last)
+        flags += WHOLE * ((flags & ALIKE != 0) & seen)
     own, other = (pairs.q, pairs.k) if by_rows else (pairs.k, pairs.q)
     own, other = (jnp.broadcast_to(x, live.shape).astype(jnp.int32) for x in (own, other))
+    place = jnp.arange(live.shape[1])[None]
+    if shortened:
+        own, other, flags, kept = _shortened(own, other, flags)
+        steps, end = jnp.max(kept), kept[:, None] - 1
+    else:
+        steps, end = live.shape[1], jnp.full((live.shape[0], 1), live.shape[1] - 1)
     change = jnp.diff(own, axis=1) != 0
-    edge = jnp.ones_like(live[:, :1])
-    flags = FIRST * jnp.concatenate([edge, change], axis=1)
-    flags += LAST * jnp.concatenate([change, edge], axis=1)
-    flags += LIVE * live + ALIKE * alike + WHOLE * whole
-    flags += TURN * _first_of_each(live & ~whole, flags & FIRST != 0)
+    no = jnp.zeros_like(live[:, :1])
+    first = jnp.concatenate([~no, change], axis=1)
+    last = jnp.concatenate([change, no], axis=1) | (place == end)
+    live = flags & LIVE != 0
+    flags += FIRST * first + LAST * last
+    flags += TURN * _first_of_each(live & (flags & WHOLE == 0), first)
     entries = (own << _OUTER) | (_repeat_the_last_live(other, live) << _INNER) | flags
-    return entries.reshape(-1)
+    return Listed(entries.reshape(-1), steps)
+
+
+def _shortened(
+    own: Int[Array, "B P"], other: Int[Array, "B P"], flags: Int[Array, "B P"]
+) -> tuple[Int[Array, "B P"], Int[Array, "B P"], Int[Array, "B P"], Int[Array, " B"]]:
+    """The live pairs first, and one of each outer block that has none; how many those are.
+
+    Behind them are pairs of the last block that compute nothing.
+    """
+    batch, length = own.shape
+    live = flags & LIVE != 0
+    starts = jnp.concatenate([jnp.ones_like(live[:, :1]), jnp.diff(own, axis=1) != 0], axis=1)
+    rows = jnp.arange(batch)[:, None]
+    busy = jnp.zeros((batch, length), bool).at[rows, own].max(live, mode="drop")
+    keep = live | (starts & ~jnp.take_along_axis(busy, own, axis=1))
+    place = jnp.where(keep, jnp.cumsum(keep, axis=1) - 1, length)
+    # No outer block has a higher number than there are pairs, as each has one.
+    empty = jnp.broadcast_to(own[:, -1:], own.shape), jnp.zeros_like(other), jnp.zeros_like(flags)
+    own, other, flags = (
+        x.at[rows, place].set(y, mode="drop")
+        for x, y in zip(empty, (own, other, flags), strict=True)
+    )
+    return own, other, flags, jnp.sum(keep, axis=1)
 
 
 class _Ranges(NamedTuple):

@@ -164,21 +164,25 @@ def _backward(passes: _Passes, residuals, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-def _row_entries(static: Static, tokens: Tokens, blocks, queries: int, keys: int) -> Array:
+def _row_entries(static: Static, tokens: Tokens, blocks, queries: int, keys: int) -> pairs.Listed:
     sizes = static.block_q, static.block_k
     if blocks is None:
         visible = block_lists.static_map(static.rule, *sizes, queries, keys)
         listed = pairs.static_rows(visible)
     else:
         listed = pairs.listed_rows(blocks)
-    return pairs.packed(listed, static.rule, tokens, *sizes, by_rows=True)
+    shortened = blocks is not None
+    return pairs.packed(listed, static.rule, tokens, *sizes, by_rows=True, shortened=shortened)
 
 
-def _column_entries(static: Static, tokens: Tokens, blocks, queries: int, keys: int) -> Array:
+def _column_entries(
+    static: Static, tokens: Tokens, blocks, queries: int, keys: int
+) -> pairs.Listed:
     sizes = static.block_q, static.block_k
     if blocks is None:
         visible = block_lists.static_map(static.rule, *sizes, queries, keys)
         listed = pairs.static_columns(visible)
     else:
         listed = pairs.listed_columns(blocks, block_lists.count(keys, static.block_k))
-    return pairs.packed(listed, static.rule, tokens, *sizes, by_rows=False)
+    shortened = blocks is not None
+    return pairs.packed(listed, static.rule, tokens, *sizes, by_rows=False, shortened=shortened)

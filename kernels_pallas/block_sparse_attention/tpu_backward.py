@@ -37,16 +37,16 @@ def fits(operands: Operands) -> bool:
 
 
 def fused(
-    static: Static, entries: Array, operands: Operands, cotangent: Array, per_query: Array
+    static: Static, listed: pairs.Listed, operands: Operands, cotangent: Array, per_query: Array
 ) -> tuple[Array, Array, Array]:
     """Gradients by queries (float32, up to ``scale``), keys and values, along columns."""
-    specs = Specs(static, entries, operands, by_rows=False)
+    specs = Specs(static, listed, operands, by_rows=False)
     rows, group = static.block_k, specs.group
     return pl.pallas_call(
         functools.partial(_fused_kernel, static=static, count=specs.pairs, group=group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(specs.batch, specs.kv_heads, specs.pairs, group),
+            grid=(specs.batch, specs.kv_heads, specs.steps, group),
             in_specs=[*specs.all(), specs.vectors(queries=True), specs.per_query(2)],
             out_specs=[specs.per_group(), *[specs.vectors(queries=False)] * 2],
             scratch_shapes=[
@@ -65,7 +65,7 @@ def fused(
         ),
         interpret=static.interpret,
         name="block_sparse_attention_backward",
-    )(entries, *operands, cotangent, per_query)
+    )(listed.entries, *operands, cotangent, per_query)
 
 
 def _fused_kernel(
@@ -131,17 +131,17 @@ def _fused_kernel(
 
 
 def by_queries(
-    static: Static, entries: Array, operands: Operands, cotangent: Array, per_query: Array
+    static: Static, listed: pairs.Listed, operands: Operands, cotangent: Array, per_query: Array
 ) -> Array:
     """Gradient by the queries, along rows."""
-    specs = Specs(static, entries, operands, by_rows=True)
+    specs = Specs(static, listed, operands, by_rows=True)
     lanes = math.gcd(static.block_k, LANES)
     rows = static.block_q
     return pl.pallas_call(
         functools.partial(_by_queries_kernel, static=static, count=specs.pairs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(specs.batch, specs.heads, specs.pairs),
+            grid=(specs.batch, specs.heads, specs.steps),
             in_specs=[*specs.all(), specs.vectors(queries=True), specs.per_query(2)],
             out_specs=specs.vectors(queries=True),
             scratch_shapes=[
@@ -156,7 +156,7 @@ def by_queries(
         ),
         interpret=static.interpret,
         name="block_sparse_attention_backward_q",
-    )(entries, *operands, cotangent, per_query)
+    )(listed.entries, *operands, cotangent, per_query)
 
 
 def _by_queries_kernel(
@@ -211,16 +211,16 @@ def _by_queries_kernel(
 
 
 def by_keys(
-    static: Static, entries: Array, operands: Operands, cotangent: Array, per_query: Array
+    static: Static, listed: pairs.Listed, operands: Operands, cotangent: Array, per_query: Array
 ) -> tuple[Array, Array]:
     """Gradients by keys and values, along columns."""
-    specs = Specs(static, entries, operands, by_rows=False)
+    specs = Specs(static, listed, operands, by_rows=False)
     rows = static.block_k
     return pl.pallas_call(
         functools.partial(_by_keys_kernel, static=static, count=specs.pairs, group=specs.group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(specs.batch, specs.kv_heads, specs.pairs, specs.group),
+            grid=(specs.batch, specs.kv_heads, specs.steps, specs.group),
             in_specs=[*specs.all(), specs.vectors(queries=True), specs.per_query(2)],
             out_specs=[specs.vectors(queries=False)] * 2,
             scratch_shapes=[
@@ -236,7 +236,7 @@ def by_keys(
         ),
         interpret=static.interpret,
         name="block_sparse_attention_backward_kv",
-    )(entries, *operands, cotangent, per_query)
+    )(listed.entries, *operands, cotangent, per_query)
 
 
 def _by_keys_kernel(

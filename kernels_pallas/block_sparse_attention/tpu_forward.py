@@ -21,16 +21,16 @@ from kernels_pallas.block_sparse_attention.tpu_operands import (
 )
 
 
-def run(static: Static, entries: Array, operands: Operands) -> tuple[Array, Array]:
+def run(static: Static, listed: pairs.Listed, operands: Operands) -> tuple[Array, Array]:
     """Results ``[B, H, T, E]`` and log-sum-exps ``[B, H, 1, T]``, along rows."""
-    specs = Specs(static, entries, operands, by_rows=True)
+    specs = Specs(static, listed, operands, by_rows=True)
     lanes = math.gcd(static.block_k, LANES)
     rows = static.block_q
     return pl.pallas_call(
         functools.partial(_kernel, static=static, count=specs.pairs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(specs.batch, specs.heads, specs.pairs),
+            grid=(specs.batch, specs.heads, specs.steps),
             in_specs=specs.all(),
             out_specs=[specs.vectors(queries=True), specs.per_query(1)],
             scratch_shapes=[
@@ -49,7 +49,7 @@ def run(static: Static, entries: Array, operands: Operands) -> tuple[Array, Arra
         ),
         interpret=static.interpret,
         name="block_sparse_attention_forward",
-    )(entries, *operands)
+    )(listed.entries, *operands)
 
 
 def _kernel(

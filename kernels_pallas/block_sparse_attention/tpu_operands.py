@@ -69,11 +69,11 @@ class Specs:
     scalar instructions in each grid step.
     """
 
-    def __init__(self, static: Static, entries: Array, operands: Operands, *, by_rows: bool):
+    def __init__(self, static: Static, listed: pairs.Listed, operands: Operands, *, by_rows: bool):
         self.batch, self.heads, self.queries, self.width = operands.q.shape
         self.kv_heads, self.keys = operands.k.shape[1:3]
         self.group = self.heads // self.kv_heads
-        self.pairs = entries.shape[0] // self.batch
+        self.pairs, self.steps = listed.entries.shape[0] // self.batch, listed.steps
         self.static, self.by_rows = static, by_rows
 
     def vectors(self, *, queries: bool) -> pl.BlockSpec:
