@@ -96,6 +96,17 @@ def part_cycles(
     return cycles
 
 
+def loop_cycles(schedule: Schedule) -> dict[str, int]:
+    """Bundles of a kernel whose products are not conditional.
+
+    Under :data:`EVERY` what each step runs, under ``"edges"`` all that is conditional and works
+    with vectors: a first step that clears sums, a last one that writes results.
+    """
+    edges = sum(one.bundles for one in schedule.segments if one.loops and _works(one))
+    inside = sum(one.bundles for one in schedule.segments if one.loops)
+    return {EVERY: inside - edges, "edges": edges}
+
+
 def call_cycles(steps: Mapping[Step, int], parts: Mapping[str, int], peak: Peak) -> float:
     """Predicted cycles of a call.
 
