@@ -13,7 +13,7 @@ import importlib
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from kernels_pallas.common import predict, tuned
 from kernels_pallas.common.aot import TPUS, CannotCompile, tpu_devices
@@ -22,6 +22,7 @@ from kernels_pallas.common.schedule import Schedule, schedules
 _FOLDER = pathlib.Path(__file__).parent.parent
 
 
+@runtime_checkable
 class Tunable(Protocol):
     """What a module ``kernels_pallas.OP.cost`` offers.
 
