@@ -6,7 +6,7 @@ VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2]
 PINS = $(wildcard constraints-$(VERSION).txt)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(PINS))
 
-.PHONY: train test lint format studies docs smoke clean
+.PHONY: train test test-slow lint format studies docs smoke clean
 
 train: $(VENV)/.run
 	$(BIN)/python -m tokenlab data fetch english_prose
@@ -14,6 +14,9 @@ train: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist load --slow
 
 smoke: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m smoke

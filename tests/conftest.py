@@ -29,10 +29,18 @@ SMOKE = {"kernels_pallas", "models", "train", "decode", "golden", "e2e"}
 WITHOUT_NANS = {"models", "cache", "decode"}
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="only what is marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.parent.name in SMOKE:
             item.add_marker(pytest.mark.smoke)
+    slow = config.getoption("--slow")
+    out = [item for item in items if (item.get_closest_marker("slow") is not None) != slow]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
 
 
 @pytest.fixture(autouse=True)

@@ -156,6 +156,25 @@ def test_dump_and_load_are_inverse_and_fingerprints_follow_equality():
     )
 
 
+def test_a_field_at_its_default_does_not_count_in_the_fingerprint():
+    """So a class may gain a field; a default that changes shows in the full dump."""
+    whole = Whole(part=Part(count=5))
+    tree = config.dump(whole)
+    del tree["part"]["flag"], tree["either"], tree["parts"]
+    older = config.load(tree)
+    assert older == whole
+    assert config.fingerprint(older) == config.fingerprint(whole)
+    marks = {config.fingerprint(part) for part in (Whole(), whole, Whole(part=Part(flag=True)))}
+    assert len(marks) == 3
+    some = Whole(parts={}), Whole(parts={"x": Part()}), Whole(parts={"x": Part(), "y": Part()})
+    assert len({config.fingerprint(part) for part in some}) == 3
+    ignored = {
+        config.fingerprint(part, ignore=("part.count", "shape.side"))
+        for part in (Whole(), whole, Whole(shape=Square(side=4.0)))
+    }
+    assert len(ignored) == 1
+
+
 @given(
     st.builds(
         Part,

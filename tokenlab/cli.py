@@ -41,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("tokenlab: interrupted\n")
         code = 130
+    except ValueError as error:
+        from kernels_pallas.common.dispatch import CannotRun  # here, because it imports JAX
+
+        if not isinstance(error, CannotRun):
+            raise
+        sys.stderr.write(f"tokenlab: {error}\n")
+        code = 2
     sys.exit(code)
 
 
@@ -173,13 +180,12 @@ def _print_evals(evals: Mapping[str, Mapping[str, float]], console: Console) -> 
 
 
 def _eval(options: argparse.Namespace, console: Console) -> int:
-    import jax
-
     from tokenlab.train.folder import write_json
+    from tokenlab.train.mesh import placed_on
     from tokenlab.train.run import open_run
 
     run, state = open_run(options.run, step=options.step)
-    with jax.set_mesh(run.trainer.mesh):
+    with placed_on(run.trainer.mesh):
         evals = {
             name: evaluation(
                 model=run.experiment.model, params=state.best_params, tokenizer=run.tokenizer

@@ -102,6 +102,7 @@ SHAPES = {
     "laptop-512-grouped": Shape(batch=8, length=512, heads=6, kv_heads=2, width=64),
     "laptop-256": Shape(batch=8, length=256, heads=8, kv_heads=8, width=32),
     "laptop-2048": Shape(batch=1, length=2048, heads=6, kv_heads=6, width=64),
+    "laptop-8192": Shape(batch=1, length=8192, heads=2, kv_heads=2, width=64),
 }
 
 # What a TPU runs; the first is the one that schedules are compared at.

@@ -16,6 +16,10 @@ import jax
 _logger = logging.getLogger(__name__)
 
 
+class CannotRun(ValueError):
+    """No implementation can take a call, or not the one that was asked for; one line says why."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Implementation:
     """One way to compute an operation.
@@ -108,13 +112,13 @@ class Operation:
             **arguments: arguments of the operation.
 
         Raises:
-            ValueError: ``impl`` is unknown or cannot run; the message has the reason.
+            CannotRun: ``impl`` is unknown or cannot run.
         """
         candidates = self.order.get(platform(), self.order["cpu"])
         if impl is not None:
             named = {one.name: one for order in self.order.values() for one in order}
             if impl not in named:
-                raise ValueError(f"{self.name} has no impl={impl!r}; use one of {sorted(named)}")
+                raise CannotRun(f"{self.name} has no impl={impl!r}; use one of {sorted(named)}")
             candidates = (named[impl],)
         refusals = []
         for candidate in candidates:
@@ -124,7 +128,8 @@ class Operation:
                     _log_once(f"{self.name} runs impl={candidate.name!r}: {refusal}")
                 return candidate.run(**arguments)
             refusals.append(f"impl={candidate.name!r} cannot run: {reason}")
-        raise ValueError(f"{self.name}: {'; '.join(refusals)}")
+        remedy = "" if impl is None else "; impl=None takes the best that can"
+        raise CannotRun(f"{self.name}: {'; '.join(refusals)}{remedy}")
 
 
 @functools.cache

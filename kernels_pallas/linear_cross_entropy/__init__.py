@@ -5,12 +5,18 @@ from typing import Literal
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.common.dispatch import Operation
-from kernels_pallas.linear_cross_entropy import ref, tpu, xla
+from kernels_pallas.linear_cross_entropy import ref, sharded, tpu, xla
+from kernels_pallas.linear_cross_entropy.distribution import (
+    Projection,
+    kl_divergence,
+    sum_over_vocabulary,
+)
 from kernels_pallas.linear_cross_entropy.specs import (
     LinearCrossEntropyConfig,
     TargetLogits,
     VocabularyStatistics,
 )
+from kernels_pallas.linear_cross_entropy.top import TopLogits, top_logits
 
 _LINEAR_CROSS_ENTROPY = Operation.of(
     "linear_cross_entropy",
@@ -35,6 +41,7 @@ def linear_cross_entropy(
     targets: Int[Array, "B T"],
     bias: Float[Array, " V"] | None = None,
     softcap: float | None = None,
+    vocabulary_axes: tuple[str, ...] = (),
     impl: Literal["ref", "xla", "tpu"] | None = None,
     config: LinearCrossEntropyConfig | None = None,
 ) -> TargetLogits:
@@ -55,6 +62,9 @@ def linear_cross_entropy(
         targets: token ids ``[B, T]`` in ``[0, V)``; the ``target`` of another id is unspecified.
         bias: logit bias ``[V]``.
         softcap: bound of the absolute logits.
+        vocabulary_axes: inside ``jax.shard_map``, the mesh axes over which ``weight`` and ``bias``
+            are split into equal parts, the slowest first; ``targets`` are ids of the whole
+            vocabulary, and the result, equal along those axes, is that of the whole.
         impl: ``"ref"`` (whole logits), ``"xla"`` (blocks of the vocabulary, recomputed in the
             backward pass), ``"tpu"`` (tiles in VMEM, likewise recomputed; inside
             ``jax.shard_map`` where there are several devices), or ``None`` for the best that
@@ -74,15 +84,19 @@ def linear_cross_entropy(
     asks for it, by what all outputs have in common and relative to each token's incoming
     gradient; the vocabulary is not sorted; the mean logit is an output as well.
     """
-    return _LINEAR_CROSS_ENTROPY(
+    here = targets
+    if vocabulary_axes:
+        here = sharded.local(targets, vocabulary_axes, weight.shape[0])
+    part = _LINEAR_CROSS_ENTROPY(
         impl,
         hidden=hidden,
         weight=weight,
-        targets=targets,
+        targets=here,
         bias=bias,
         softcap=softcap,
         config=config or LinearCrossEntropyConfig(),
     )
+    return sharded.target_logits(part, here, vocabulary_axes) if vocabulary_axes else part
 
 
 def vocabulary_statistics(
@@ -92,6 +106,7 @@ def vocabulary_statistics(
     targets: Int[Array, "B T"],
     bias: Float[Array, " V"] | None = None,
     softcap: float | None = None,
+    vocabulary_axes: tuple[str, ...] = (),
     impl: Literal["ref", "xla", "tpu"] | None = None,
     config: LinearCrossEntropyConfig | None = None,
 ) -> VocabularyStatistics:
@@ -99,7 +114,7 @@ def vocabulary_statistics(
 
     With ``z`` as there and ``p = softmax(z)``, ``entropy = -Σ_v p[v] log p[v]`` and
     ``best = argmax_v z[v]``, in the same pass over the vocabulary. Differentiable through all
-    but ``best``: ``∂entropy/∂z[v] = -p[v] (z[v] - Σ_u p[u] z[u])``.
+    but ``highest`` and ``best``: ``∂entropy/∂z[v] = -p[v] (z[v] - Σ_u p[u] z[u])``.
 
     Args:
         hidden: as there, ``[B, T, D]``.
@@ -107,12 +122,13 @@ def vocabulary_statistics(
         targets: as there, ``[B, T]``; any ids where ``target`` is not used.
         bias: as there, ``[V]``.
         softcap: as there.
+        vocabulary_axes: as there.
         impl: as there.
         config: as there.
 
     Returns:
-        ``[B, T]`` each: float32 ``target``, ``log_sum_exp``, ``mean``, ``entropy`` in nats, and
-        int32 ``best``, the lowest of equal ids.
+        ``[B, T]`` each: float32 ``target``, ``log_sum_exp``, ``mean``, ``entropy`` in nats,
+        ``highest``, and int32 ``best``, the lowest of equal ids.
 
     Raises:
         ValueError: ``impl`` cannot run; the message has the reason.
@@ -121,21 +137,32 @@ def vocabulary_statistics(
 
     Differences from the paper: entropy and arg-max are additions.
     """
-    return _VOCABULARY_STATISTICS(
+    here, vocabulary = targets, weight.shape[0]
+    if vocabulary_axes:
+        here = sharded.local(targets, vocabulary_axes, vocabulary)
+    part = _VOCABULARY_STATISTICS(
         impl,
         hidden=hidden,
         weight=weight,
-        targets=targets,
+        targets=here,
         bias=bias,
         softcap=softcap,
         config=config or LinearCrossEntropyConfig(),
     )
+    if not vocabulary_axes:
+        return part
+    return sharded.statistics(part, here, vocabulary_axes, vocabulary)
 
 
 __all__ = [
     "LinearCrossEntropyConfig",
+    "Projection",
     "TargetLogits",
+    "TopLogits",
     "VocabularyStatistics",
+    "kl_divergence",
     "linear_cross_entropy",
+    "sum_over_vocabulary",
+    "top_logits",
     "vocabulary_statistics",
 ]

@@ -41,6 +41,7 @@ def vocabulary_statistics(
     return VocabularyStatistics(
         *_target_logits(logits, targets),
         entropy=-jnp.sum(jnp.exp(logp) * logp, axis=-1),
+        highest=jax.lax.stop_gradient(jnp.max(logits, axis=-1)),
         best=jnp.argmax(logits, axis=-1).astype(jnp.int32),
     )
 

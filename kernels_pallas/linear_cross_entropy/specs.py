@@ -38,6 +38,7 @@ class VocabularyStatistics(NamedTuple):
         log_sum_exp: log-sum-exp of the logits, float32.
         mean: mean of the logits, float32.
         entropy: entropy of their softmax in nats, float32.
+        highest: the highest logit, float32; without gradient.
         best: the first id with the highest logit, int32; without gradient.
     """
 
@@ -45,6 +46,7 @@ class VocabularyStatistics(NamedTuple):
     log_sum_exp: Float[Array, "B T"]
     mean: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
+    highest: Float[Array, "B T"]
     best: Int[Array, "B T"]
 
 

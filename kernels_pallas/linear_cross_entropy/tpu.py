@@ -32,7 +32,7 @@ from kernels_pallas.linear_cross_entropy.specs import (
 # Stands in for -inf, whose differences would be NaN.
 _NEVER = -1e30
 # Rows of what the forward kernel carries and returns; a sublane tile in all.
-_TARGET, _LOG_SUM_EXP, _MEAN, _ENTROPY, _BEST, _HIGHEST = range(6)
+_TARGET, _LOG_SUM_EXP, _MEAN, _ENTROPY, _HIGHEST, _BEST = range(6)
 _ROWS = 8
 
 
@@ -116,8 +116,13 @@ def vocabulary_statistics(
 ) -> VocabularyStatistics:
     """See :func:`kernels_pallas.linear_cross_entropy.vocabulary_statistics`."""
     call = Call(softcap=softcap, statistics=True, config=config)
-    *rows, best = (row.reshape(targets.shape) for row in _run(call, hidden, weight, bias, targets))
-    return VocabularyStatistics(*rows, best=lax.stop_gradient(best).astype(jnp.int32))
+    rows = (row.reshape(targets.shape) for row in _run(call, hidden, weight, bias, targets))
+    *differentiable, highest, best = rows
+    return VocabularyStatistics(
+        *differentiable,
+        highest=lax.stop_gradient(highest),
+        best=lax.stop_gradient(best).astype(jnp.int32),
+    )
 
 
 def _run(call: Call, hidden, weight, bias, targets) -> Float[Array, "rows N"]:
@@ -137,7 +142,7 @@ def forward(call: Call, hidden, weight, bias, targets):
     """Rows of statistics, and what the backward pass needs."""
     problem = _problem("forward", hidden, weight, call.config)
     tile = problem.tile
-    rows = 5 if call.statistics else 3
+    rows = 6 if call.statistics else 3
     out = pl.pallas_call(
         functools.partial(_forward_kernel, call, problem),
         grid=(pl.cdiv(problem.tokens, tile.tokens), pl.cdiv(problem.vocabulary, tile.vocabulary)),
@@ -298,6 +303,7 @@ def _forward_kernel(
         out_ref[_MEAN : _MEAN + 1] = state(_MEAN) / problem.vocabulary
         if call.statistics:
             out_ref[_ENTROPY : _ENTROPY + 1] = log_total - state(_ENTROPY) / state(_LOG_SUM_EXP)
+            out_ref[_HIGHEST : _HIGHEST + 1] = state(_HIGHEST)
             out_ref[_BEST : _BEST + 1] = state(_BEST)
 
 

@@ -13,6 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.linear_cross_entropy.blocks import (
+    Block,
+    Head,
+    add_block,
+    block_of,
+    indices,
+    owned,
+    raw_logits,
+)
 from kernels_pallas.linear_cross_entropy.ref import capped
 from kernels_pallas.linear_cross_entropy.specs import (
     LinearCrossEntropyConfig,
@@ -22,17 +31,6 @@ from kernels_pallas.linear_cross_entropy.specs import (
 
 # Stands in for -inf, whose differences would be NaN.
 _NEVER = -1e30
-
-
-class _Head(NamedTuple):
-    weight: Float[Array, "V D"]
-    bias: Float[Array, " V"] | None
-
-
-class _Block(NamedTuple):
-    start: Int[Array, ""]
-    first: Int[Array, ""]  # entries before it belong to the previous block
-    head: _Head
 
 
 class _Call(NamedTuple):
@@ -80,14 +78,14 @@ def vocabulary_statistics(
 def _run(call: _Call, hidden, weight, bias, targets) -> list[Array]:
     tokens = targets.size
     flat = _statistics(
-        call, hidden.reshape(tokens, -1), _Head(weight, bias), targets.reshape(tokens)
+        call, hidden.reshape(tokens, -1), Head(weight, bias), targets.reshape(tokens)
     )
     return [value.reshape(targets.shape) for value in flat]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _statistics(
-    call: _Call, hidden: Float[Array, "N D"], head: _Head, targets: Int[Array, " N"]
+    call: _Call, hidden: Float[Array, "N D"], head: Head, targets: Int[Array, " N"]
 ) -> tuple[Array | None, ...]:
     return _forward(call, hidden, head, targets)[0]
 
@@ -96,9 +94,9 @@ def _forward(call: _Call, hidden, head, targets):
     tokens, vocabulary = hidden.shape[0], head.weight.shape[0]
 
     def accumulate(sums, index):
-        block = _block(head, index, call.size)
-        logits = capped(_raw(hidden, block.head), call.softcap)
-        return _accumulate(sums, logits, block, _owned(block, call.size, vocabulary)), None
+        block = block_of(head, index, call.size)
+        logits = capped(raw_logits(hidden, block.head), call.softcap)
+        return _accumulate(sums, logits, block, owned(block, call.size, vocabulary)), None
 
     zeros = jnp.zeros(tokens, jnp.float32)
     start = _Sums(
@@ -108,7 +106,7 @@ def _forward(call: _Call, hidden, head, targets):
         weighted=zeros if call.statistics else None,
         best=jnp.zeros(tokens, jnp.int32) if call.statistics else None,
     )
-    sums, _ = lax.scan(accumulate, start, _indices(vocabulary, call.size))
+    sums, _ = lax.scan(accumulate, start, indices(vocabulary, call.size))
     log_sum_exp = sums.highest + jnp.log(sums.total)
 
     rows = jnp.take(head.weight, targets, axis=0, mode="clip").astype(jnp.float32)
@@ -119,11 +117,11 @@ def _forward(call: _Call, hidden, head, targets):
     entropy = None
     if sums.weighted is not None:
         entropy = jnp.log(sums.total) - sums.weighted / sums.total
-        result = (*result, entropy, sums.best)
+        result = (*result, entropy, sums.highest, sums.best)
     return result, (hidden, head, targets, log_sum_exp, entropy)
 
 
-def _accumulate(sums: _Sums, logits: Float[Array, "N V"], block: _Block, owned) -> _Sums:
+def _accumulate(sums: _Sums, logits: Float[Array, "N V"], block: Block, owned) -> _Sums:
     masked = logits if owned is None else jnp.where(owned, logits, _NEVER)
     summed = sums.summed
     summed += jnp.sum(logits if owned is None else jnp.where(owned, logits, 0.0), axis=1)
@@ -149,8 +147,8 @@ def _backward(call: _Call, residuals, cotangents):
 
     def accumulate(carry, index):
         hidden_gradient, head_gradient = carry
-        block = _block(head, index, call.size)
-        logits = capped(_raw(hidden, block.head), call.softcap)
+        block = block_of(head, index, call.size)
+        logits = capped(raw_logits(hidden, block.head), call.softcap)
         entries = block.start + jnp.arange(call.size)
         share = by_log_sum_exp
         if call.statistics:
@@ -160,56 +158,22 @@ def _backward(call: _Call, residuals, cotangents):
         gradient += by_mean / vocabulary
         if call.softcap is not None:
             gradient *= 1.0 - jnp.square(logits / call.softcap)
-        owned = _owned(block, call.size, vocabulary)
-        if owned is not None:
-            gradient = jnp.where(owned, gradient, 0.0)
+        own = owned(block, call.size, vocabulary)
+        if own is not None:
+            gradient = jnp.where(own, gradient, 0.0)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         hidden_gradient += product("nv,vd->nd", gradient.astype(dtype), block.head.weight)
-        head_block = _Head(
+        head_block = Head(
             weight=product("nv,nd->vd", gradient.astype(dtype), hidden),
             bias=None if head.bias is None else jnp.sum(gradient, axis=0),
         )
-        return (hidden_gradient, _add(head_gradient, head_block, block.start)), None
+        return (hidden_gradient, add_block(head_gradient, head_block, block.start)), None
 
     zeros = jnp.zeros(hidden.shape, jnp.float32)
     (hidden_gradient, head_gradient), _ = lax.scan(
-        accumulate, (zeros, jax.tree.map(jnp.zeros_like, head)), _indices(vocabulary, call.size)
+        accumulate, (zeros, jax.tree.map(jnp.zeros_like, head)), indices(vocabulary, call.size)
     )
     return hidden_gradient.astype(hidden.dtype), head_gradient, None
 
 
 _statistics.defvjp(_forward, _backward)
-
-
-def _indices(vocabulary: int, size: int) -> Int[Array, " blocks"]:
-    return jnp.arange(-(-vocabulary // size))
-
-
-def _block(head: _Head, index: Int[Array, ""], size: int) -> _Block:
-    """Block ``index``; the last one starts early where the size does not divide the vocabulary."""
-    first = index * size
-    start = jnp.minimum(first, head.weight.shape[0] - size)
-    entries = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), head)
-    return _Block(start, first, entries)
-
-
-def _owned(block: _Block, size: int, vocabulary: int):
-    """Which entries no earlier block had, or ``None`` where the answer is always all."""
-    if vocabulary % size == 0:
-        return None
-    return (block.start + jnp.arange(size) >= block.first)[None, :]
-
-
-def _raw(hidden: Float[Array, "N D"], head: _Head) -> Float[Array, "N V"]:
-    logits = jnp.einsum("nd,vd->nv", hidden, head.weight, preferred_element_type=jnp.float32)
-    return logits if head.bias is None else logits + head.bias.astype(jnp.float32)[None, :]
-
-
-def _add(whole: _Head, part: _Head, start: Int[Array, ""]) -> _Head:
-    """Adds a block; each entry is owned by one block, so low precision loses nothing here."""
-
-    def add(whole, part):
-        old = lax.dynamic_slice_in_dim(whole, start, part.shape[0])
-        return lax.dynamic_update_slice_in_dim(whole, old + part.astype(whole.dtype), start, 0)
-
-    return jax.tree.map(add, whole, part)

@@ -160,6 +160,8 @@ def test_mistakes_are_one_line_and_exit_2(tokenlab, command, corpus_folder):
         (["train", command.tiny, "seed=1", "--run-dir", folder], "another experiment"),
         (["train", command.tiny, "mesh.fsdp=3"], "change the mesh.* fields"),
         (["train", command.tiny, "batch_size=6", "accumulation=4"], "not a multiple"),
+        (["train", command.tiny, "model.block.mixer.impl=tpu"], "it needs a TPU, this is a cpu"),
+        (["train", command.tiny, "objective.terms.z_loss.loss.impl=tpu"], "it needs a TPU"),
         (["generate", corpus_folder, "--prompt", "x"], "not a run folder"),
         (["eval", folder, "--step", 77], "no checkpoint of step 77"),
     ]

@@ -15,7 +15,7 @@ from flax import linen as nn
 from tokenlab import config
 from tokenlab.files import experiment_of
 from tokenlab.tokenizers import ByteTokenizer
-from tokenlab.train.mesh import RULES
+from tokenlab.train.mesh import placed_on
 from tokenlab.train.run import Run
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -86,7 +86,7 @@ def test_the_real_step_takes_its_batches_and_gives_back_its_state(name):
         for name, dtype in (integers | {"weights": jnp.float32}).items()
     }
     before = trainer.abstract_state()
-    with jax.set_mesh(trainer.mesh), nn.logical_axis_rules(RULES):
+    with placed_on(trainer.mesh):
         after, metrics = jax.eval_shape(trainer._step, before, batch)
     assert jax.tree.map(shape_of, after) == jax.tree.map(shape_of, before)
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}

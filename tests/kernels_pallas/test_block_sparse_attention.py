@@ -2,13 +2,12 @@
 
 import functools
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import run_on_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -340,21 +339,9 @@ print("EQUAL")
 """
 
 
-def test_a_sharded_batch_needs_no_communication(pytestconfig):
-    run = subprocess.run(
-        [sys.executable, "-c", _SHARDED],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=pytestconfig.rootpath,
-        env={
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PATH": "",
-        },
-    )
-    assert run.returncode == 0, run.stderr
-    assert "DEVICES 8" in run.stdout
-    assert "EQUAL" in run.stdout
+def test_a_sharded_batch_needs_no_communication():
+    printed = run_on_devices(8, _SHARDED)
+    assert "DEVICES 8" in printed
+    assert "EQUAL" in printed
     collective = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    assert not re.search(collective, run.stdout)
+    assert not re.search(collective, printed)

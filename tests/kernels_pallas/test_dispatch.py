@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from kernels_pallas.common.dispatch import Implementation, Operation, anything
+from kernels_pallas.common.dispatch import CannotRun, Implementation, Operation, anything
 
 
 def _no_odd(*, x):
@@ -33,7 +33,7 @@ def test_passing_over_is_logged_once_with_the_reason(caplog):
 
 
 def test_an_explicit_choice_never_falls_back():
-    with pytest.raises(ValueError, match="impl='fast' cannot run: x is 3, which is odd"):
+    with pytest.raises(CannotRun, match="impl='fast' cannot run: x is 3, which is odd"):
         DOUBLE("fast", x=3)
     with pytest.raises(ValueError, match=r"no impl='tpu'; use one of \['fast', 'slow'\]"):
         DOUBLE("tpu", x=2)

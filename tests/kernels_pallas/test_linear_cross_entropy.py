@@ -2,13 +2,12 @@
 
 import functools
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import run_on_devices
 
 from kernels_pallas.linear_cross_entropy import LinearCrossEntropyConfig, linear_cross_entropy
 
@@ -222,21 +221,9 @@ print("EQUAL")
 """
 
 
-def test_a_sharded_batch_is_not_gathered(pytestconfig):
-    run = subprocess.run(
-        [sys.executable, "-c", _SHARDED],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=pytestconfig.rootpath,
-        env={
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PATH": "",
-        },
-    )
-    assert run.returncode == 0, run.stderr
-    assert "DEVICES 8" in run.stdout
-    assert "EQUAL" in run.stdout
-    assert re.search(r"= \S+ all-reduce", run.stdout)
-    assert not re.search(r"all-gather|all-to-all|collective-permute", run.stdout)
+def test_a_sharded_batch_is_not_gathered():
+    printed = run_on_devices(8, _SHARDED)
+    assert "DEVICES 8" in printed
+    assert "EQUAL" in printed
+    assert re.search(r"= \S+ all-reduce", printed)
+    assert not re.search(r"all-gather|all-to-all|collective-permute", printed)

@@ -271,15 +271,6 @@ def test_what_cannot_run_says_why():
         linear_cross_entropy(hidden=hidden, weight=weight, targets=targets, impl="tpu")
 
 
-def test_a_mesh_that_the_compiler_partitions_is_refused():
-    (hidden, weight, _), targets, _ = _arrays()
-    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.sharding.use_abstract_mesh(mesh):
-        reason = tpu.supports(hidden=hidden, weight=weight, targets=targets, config=SMALL)
-    assert "'data': 2" in reason
-    assert "shard_map" in reason
-
-
 def test_the_kernels_cost_what_their_matrix_products_do():
     """On a v5e, four units of 128 x 128 multiply-adds a cycle; asked for are 10 per cent above."""
     shape = SHAPES["gemma-2-2b"]

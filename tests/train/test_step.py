@@ -1,13 +1,12 @@
 """Accumulation, devices and recompilation: the step is the same function however it is cut."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import optax
+import pytest
+from devices import run_on_devices
 
 from tokenlab import config
 from tokenlab.data import PaddedText
@@ -80,7 +79,7 @@ def padded_source(experiment):
 
 def test_the_second_step_compiles_nothing(tiny):
     run, *_ = steps(tiny, 3)
-    assert run.trainer.step.cache_size() == 1
+    assert run.trainer.jitted._cache_size() == 1
 
 
 def test_losses_fall_and_averaged_parameters_follow(tiny):
@@ -92,50 +91,44 @@ def test_losses_fall_and_averaged_parameters_follow(tiny):
 
 
 DEVICES = """
-import json, pathlib, sys
+import json
 import jax, numpy as np
-sys.path.insert(0, {checkout!r})
+import tiny
 from tokenlab import config
-from tokenlab.files import load_module
-from tests.train.test_step import steps
-tiny = load_module(pathlib.Path({checkout!r}) / "tests/tiny.py").config()
-tiny = config.replace(tiny, {overrides!r})
-run, state, losses, _ = steps(tiny, 20)
-kernel = state.params["block_0"]["feedforward"]["gate"]["kernel"]
-print(json.dumps({{
-    "devices": jax.device_count(),
-    "shards": len({{str(s.index) for s in kernel.addressable_shards}}),
-    "losses": losses,
-    "params": [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.params)],
-}}))
+from train.test_step import steps
+for overrides in {changes!r}:
+    run, state, losses, _ = steps(config.replace(tiny.config(), overrides), 20)
+    kernel = state.params["block_0"]["feedforward"]["gate"]["kernel"]
+    print(json.dumps({{
+        "devices": jax.device_count(),
+        "shards": len({{str(s.index) for s in kernel.addressable_shards}}),
+        "losses": losses,
+        "params": [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.params)],
+    }}))
 """
+MESHES = {
+    "MeshShape(data=4, fsdp=2)": 2,
+    "MeshShape(data=4, tensor=2)": 2,
+    "MeshShape(fsdp=2, data=1, tensor=2, sequence=2)": 4,
+}
 
 
-def test_one_device_and_eight_agree(corpus_folder, request):
-    """Data 4 x fsdp 2, in a process of its own, since devices are fixed when JAX starts."""
-    checkout = str(request.config.rootpath)
-    pattern = str(corpus_folder / "corpus/*.txt")
-    results = []
-    for devices, mesh in ((1, {}), (8, {"mesh": "MeshShape(data=4, fsdp=2)"})):
-        overrides = {"data.corpus.pattern": pattern} | mesh
-        script = DEVICES.format(checkout=checkout, overrides=overrides)
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            env=environment(devices),
-            capture_output=True,
-            text=True,
-            cwd=checkout,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-    one, eight = results
-    assert (one["devices"], eight["devices"]) == (1, 8)
-    assert (one["shards"], eight["shards"]) == (1, 2)
-    np.testing.assert_allclose(one["losses"], eight["losses"], rtol=1e-4)
-    for a, b in zip(one["params"], eight["params"], strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-4)
-
-
-def environment(devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+@pytest.mark.parametrize(
+    "depth", ["Sequential()", "MixtureOfRecursions(recursions=2, sharing='cycle')"]
+)
+def test_one_device_and_eight_agree(corpus_folder, depth):
+    """However they are arranged; heads, vocabulary, rows and positions are each split once."""
+    data = {
+        "data.corpus.pattern": str(corpus_folder / "corpus/*.txt"),
+        "model.block.mixer": "Attention(num_heads=4, num_kv_heads=2)",
+        "model.depth": depth,
+    }
+    meshes = [data | {"mesh": mesh} for mesh in MESHES]
+    (one,) = map(json.loads, run_on_devices(1, DEVICES.format(changes=[data])).splitlines())
+    eight = list(map(json.loads, run_on_devices(8, DEVICES.format(changes=meshes)).splitlines()))
+    assert (one["devices"], one["shards"]) == (1, 1)
+    for other, shards in zip(eight, MESHES.values(), strict=True):
+        assert (other["devices"], other["shards"]) == (8, shards)
+        np.testing.assert_allclose(one["losses"], other["losses"], rtol=1e-4)
+        for a, b in zip(one["params"], other["params"], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-4)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flax import linen as nn
 from jaxtyping import PyTree
 
 from kernels_pallas.linear_cross_entropy import TargetLogits, linear_cross_entropy
 from tokenlab.core.arrays import Array, PRNGKeyArray, Values
+from tokenlab.core.per_device import mesh_axes, per_device
 from tokenlab.core.rng import stream
+
+LossImpl = Literal["ref", "xla", "tpu"]
+_TOKENS = ("batch", "length")
+_AXES = {"hidden": (*_TOKENS, None), "weight": ("vocab", None), "targets": _TOKENS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,7 @@ class Context:
         self._views = views
         self._key = key
         self._outputs: dict[str, Any] = {}
-        self._logits: dict[str, TargetLogits] = {}
+        self._logits: dict[tuple[str, LossImpl | None], TargetLogits] = {}
 
     def output(self, view: str = "policy") -> Any:
         """The forward pass of ``view`` (``models.ModelOutput``)."""
@@ -75,20 +81,34 @@ class Context:
             )
         return self._outputs[view]
 
-    def target_logits(self, view: str = "policy") -> TargetLogits:
-        """Target logit, log-sum-exp and mean logit per token, without logits in memory."""
-        if view not in self._logits:
+    def target_logits(self, view: str = "policy", impl: LossImpl | None = None) -> TargetLogits:
+        """Target logit, log-sum-exp and mean logit per token, without logits in memory.
+
+        Args:
+            view: the model.
+            impl: form of ``kernels_pallas.linear_cross_entropy``; None takes the best that the
+                platform has.
+        """
+        if (view, impl) not in self._logits:
             weight = self._views[view](method="head_weight")
             hidden = self.output(view).hidden
-            self._logits[view] = linear_cross_entropy(
+            project = functools.partial(
+                linear_cross_entropy,
+                softcap=self._views[view].model.head.softcap,
+                vocabulary_axes=mesh_axes("vocab", weight.shape[0]),
+                impl=impl,
+            )
+            self._logits[view, impl] = per_device(
+                project,
+                axes=_AXES,
+                out=_TOKENS,
                 hidden=hidden,
                 weight=weight.astype(hidden.dtype),
                 targets=self.batch["targets"],
-                softcap=self._views[view].model.head.softcap,
             )
-        return self._logits[view]
+        return self._logits[view, impl]
 
-    def token_logp(self, view: str = "policy") -> Values:
+    def token_logp(self, view: str = "policy", impl: LossImpl | None = None) -> Values:
         """Log-probability of each target under ``view``, in nats."""
-        logits = self.target_logits(view)
+        logits = self.target_logits(view, impl)
         return logits.target - logits.log_sum_exp

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from kernels_pallas.token_routing import gather_tokens, scatter_add_tokens
 from tokenlab.cache import CachePolicy
 from tokenlab.core.arrays import Hidden, Positions, Segments
 from tokenlab.core.weighted import Weighted
@@ -93,14 +92,12 @@ class MixtureOfRecursions(Recursive):
         train: bool,
     ) -> Hidden:
         """Gathers the kept tokens, runs the layers on them, adds the gated result back."""
-        picked = gather_tokens(x=x, index=route.index, count=route.count)
+        picked = route.gather(x)
         at = jnp.take_along_axis(positions, route.index, axis=1)
         of = jnp.take_along_axis(segments, route.index, axis=1)
         of = jnp.where(route.valid(), of, 0)
         y = self._run(layers, picked, positions=at, segments=of, train=train)
-        return scatter_add_tokens(
-            residual=x, y=y, gate=route.gate, index=route.index, count=route.count
-        )
+        return route.scatter_add(x, y)
 
 
 def _stacked(parts: list[dict[str, Weighted]]) -> dict[str, Weighted]:

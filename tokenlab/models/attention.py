@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from typing import Literal
 
 import jax
@@ -13,7 +14,14 @@ from jaxtyping import PyTree
 from kernels_pallas.block_sparse_attention import Causal, MaskRule, block_sparse_attention
 from tokenlab.cache import CachePolicy
 from tokenlab.core.arrays import Array, Bool, Float, Hidden, Positions, Scalar, Segments
+from tokenlab.core.per_device import per_device
 from tokenlab.models.layers import Linear, RMSNorm, rotate
+
+_HEADS, _ROWS = ("batch", None, "heads", None), ("batch", None)
+# Whole sequences on every device: a query may see any key.
+_AXES = {name: _HEADS for name in ("q", "k", "v")} | {
+    name: _ROWS for name in ("q_positions", "kv_positions", "q_segments", "kv_segments")
+}
 
 
 class Mixer(nn.Module, abc.ABC):
@@ -60,7 +68,8 @@ class Attention(Mixer):
         qk_norm: norm of queries and keys before rotation, or None.
         softcap: bound c of scores by ``c * tanh(score / c)``, or None.
         rule: which keys a query may see.
-        impl: attention implementation; None takes the best for the platform.
+        impl: form of ``kernels_pallas.block_sparse_attention``; None takes the best that the
+            platform has.
     """
 
     num_heads: int
@@ -70,7 +79,7 @@ class Attention(Mixer):
     qk_norm: RMSNorm | None = None
     softcap: float | None = None
     rule: MaskRule = Causal()
-    impl: Literal["ref", "xla"] | None = None
+    impl: Literal["ref", "xla", "tpu"] | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -114,7 +123,18 @@ class Attention(Mixer):
             cache = policy.append(cache, k=k, v=v, positions=positions, segments=segments)
             k, v, kv_positions, kv_segments = policy.view(cache, q=q)
             q_segments = (segments > 0).astype(jnp.int32)
-        out = block_sparse_attention(
+        attend = functools.partial(
+            block_sparse_attention,
+            rule=self.rule,
+            scale=width**-0.5,
+            softcap=self.softcap,
+            # A cache holds its entries in any order, which only the plain form takes.
+            impl=self.impl if policy is None else "ref",
+        )
+        out = per_device(
+            attend,
+            axes=_AXES,
+            out=_HEADS,
             q=q,
             k=k,
             v=v,
@@ -122,11 +142,6 @@ class Attention(Mixer):
             kv_positions=kv_positions,
             q_segments=q_segments,
             kv_segments=kv_segments,
-            rule=self.rule,
-            scale=width**-0.5,
-            softcap=self.softcap,
-            # A cache holds its entries in any order, which only the plain form takes.
-            impl=self.impl if policy is None else "ref",
         )
         out = out.reshape(*x.shape[:2], self.num_heads * width)
         return Linear(x.shape[-1], axes=("heads", "embed"), name="out")(out), cache

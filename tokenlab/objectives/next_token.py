@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
+from kernels_pallas.linear_cross_entropy import TargetLogits
 from tokenlab.core.arrays import Values
-from tokenlab.core.context import Context
+from tokenlab.core.context import Context, LossImpl
 from tokenlab.objectives.base import TokenLoss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NextToken(TokenLoss):
-    """Negative log-likelihood of the target: ``-log p(target)``, in nats.
+class VocabularyLoss(TokenLoss, abc.ABC):
+    """A loss of the logits' statistics, which all terms over one view share.
 
     Attributes:
         view: the model that is scored.
+        impl: form of ``kernels_pallas.linear_cross_entropy``; None takes the best that the
+            platform has.
     """
 
     view: str = "policy"
+    impl: LossImpl | None = None
 
     def __call__(self, context: Context) -> Values:
-        """Nats of every target."""
-        return -context.token_logp(self.view)
+        """The loss of every position."""
+        return self.of(context.target_logits(self.view, self.impl))
+
+    @abc.abstractmethod
+    def of(self, logits: TargetLogits) -> Values:
+        """The loss, from target logit, log-sum-exp and mean logit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SmoothedNextToken(TokenLoss):
+class NextToken(VocabularyLoss):
+    """Negative log-likelihood of the target: ``-log p(target)``, in nats."""
+
+    def of(self, logits: TargetLogits) -> Values:
+        """Nats of every target."""
+        return logits.log_sum_exp - logits.target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmoothedNextToken(VocabularyLoss):
     """Cross-entropy against a target mixed with the uniform distribution over the vocabulary.
 
     ``-(1 - s) log p(target) - s * mean_v log p(v)``.
@@ -35,32 +53,24 @@ class SmoothedNextToken(TokenLoss):
 
     Attributes:
         smoothing: share s of the uniform distribution, 0 to 1.
-        view: the model that is scored.
     """
 
     smoothing: float = 0.1
-    view: str = "policy"
 
-    def __call__(self, context: Context) -> Values:
+    def of(self, logits: TargetLogits) -> Values:
         """Nats of every position against the smoothed target."""
-        logits = context.target_logits(self.view)
         mixed = (1 - self.smoothing) * logits.target + self.smoothing * logits.mean
         return logits.log_sum_exp - mixed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ZLoss(TokenLoss):
+class ZLoss(VocabularyLoss):
     """Keeps the softmax normaliser near one: ``log(Z)^2``.
 
     Reference: Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022,
     arXiv:2204.02311, section 5 (coefficient 1e-4).
-
-    Attributes:
-        view: the model that is scored.
     """
 
-    view: str = "policy"
-
-    def __call__(self, context: Context) -> Values:
+    def of(self, logits: TargetLogits) -> Values:
         """Squared log-normaliser of every position."""
-        return context.target_logits(self.view).log_sum_exp ** 2
+        return logits.log_sum_exp**2

@@ -9,9 +9,12 @@ import flax.struct
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kernels_pallas.token_routing import in_use
+from kernels_pallas.token_routing import gather_tokens, in_use, scatter_add_tokens
 from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int
+from tokenlab.core.per_device import per_device
 from tokenlab.core.weighted import Weighted
+
+_STREAM, _SLOTS = ("batch", None, None), ("batch", None)
 
 
 @flax.struct.dataclass
@@ -58,6 +61,36 @@ class Route:
     def valid(self) -> Bool[Array, "B C"]:
         """Slots that hold a token."""
         return in_use(self.index, self.count)
+
+    def gather(self, x: Hidden) -> Float[Array, "B C D"]:
+        """The picked tokens of the stream, 0 in the other slots."""
+        return per_device(
+            gather_tokens,
+            axes={"x": _STREAM, "index": _SLOTS, "count": ("batch",)},
+            out=_STREAM,
+            x=x,
+            index=self.index,
+            count=self.count,
+        )
+
+    def scatter_add(self, x: Hidden, update: Float[Array, "B C D"]) -> Hidden:
+        """The stream with the gated updates of the picked tokens added."""
+        return per_device(
+            scatter_add_tokens,
+            axes={
+                "residual": _STREAM,
+                "y": _STREAM,
+                "gate": _SLOTS,
+                "index": _SLOTS,
+                "count": ("batch",),
+            },
+            out=_STREAM,
+            residual=x,
+            y=update,
+            gate=self.gate,
+            index=self.index,
+            count=self.count,
+        )
 
 
 class Router(nn.Module, abc.ABC):

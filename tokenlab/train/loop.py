@@ -22,6 +22,7 @@ from tokenlab.experiment import Experiment
 from tokenlab.tokenizers import load_tokenizer, save_tokenizer
 from tokenlab.train.checkpoint import Checkpoints
 from tokenlab.train.folder import JsonLines, claim, read_jsonl, write_json
+from tokenlab.train.mesh import placed_on
 from tokenlab.train.progress import Bar, Events, matmul_rate
 from tokenlab.train.run import Run
 from tokenlab.train.step import StepMetrics, TrainState
@@ -214,7 +215,7 @@ class Loop:
         )
 
     def _evaluate(self, evaluations: Mapping[str, Any]) -> None:
-        with jax.set_mesh(self.run.trainer.mesh):
+        with placed_on(self.run.trainer.mesh):
             for name, evaluation in evaluations.items():
                 self.evals[name] = evaluation(
                     model=self.run.experiment.model,
@@ -228,7 +229,7 @@ class Loop:
 
     def _sample(self, samples: Samples) -> None:
         view = View(model=self.run.experiment.model, params=self.state.best_params)
-        with jax.set_mesh(self.run.trainer.mesh):
+        with placed_on(self.run.trainer.mesh):
             written = samples(view, self.run.tokenizer, seed=self.run.experiment.seed)
         with (self.folder / "samples.txt").open("a") as file:
             for prompt, text in written:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -65,6 +67,13 @@ class MeshShape:
             )
         grid = np.asarray(devices).reshape(sizes)
         return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def placed_on(mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Computes on ``mesh`` in here, with logical axes mapped by :data:`RULES`."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

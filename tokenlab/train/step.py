@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -21,7 +21,7 @@ from tokenlab.core.ledger import Ledger
 from tokenlab.core.rng import stream
 from tokenlab.core.weighted import Weighted
 from tokenlab.objectives import Objective
-from tokenlab.train.mesh import RULES, batch_sharding, shardings
+from tokenlab.train.mesh import batch_sharding, placed_on, shardings
 
 
 @flax.struct.dataclass
@@ -111,7 +111,7 @@ class Trainer:
 
         What the optimiser keeps per parameter lies as the parameter does; the rest is copied.
         """
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
+        with placed_on(self.mesh):
             placed = shardings(jax.eval_shape(self._params), self.mesh)
             state = jax.eval_shape(self._first)
         copied = NamedSharding(self.mesh, PartitionSpec())
@@ -126,7 +126,7 @@ class Trainer:
     def init(self) -> TrainState:
         """The first state, created in place on its devices."""
         out = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
+        with placed_on(self.mesh):
             return jax.jit(self._first, out_shardings=out)()
 
     def put(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -138,17 +138,32 @@ class Trainer:
         }
 
     @functools.cached_property
-    def step(self) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, StepMetrics]]:
-        """The jitted step; the old state's buffers are given up to the new one."""
+    def jitted(self) -> jax.stages.Wrapped:
+        """The step as compiled; to be called with the mesh in force, as :meth:`step` does."""
         out = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-        compiled = jax.jit(self._step, donate_argnums=0, out_shardings=(out, None))
+        return jax.jit(self._step, donate_argnums=0, out_shardings=(out, None))
 
-        def run(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, StepMetrics]:
-            with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
-                return compiled(state, batch)
+    def step(self, state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, StepMetrics]:
+        """The next state; the old one's buffers are given up to it."""
+        with placed_on(self.mesh):
+            return self.jitted(state, batch)
 
-        run.cache_size = compiled._cache_size  # type: ignore[attr-defined]
-        return run
+    def lower(self, *, batch_size: int, length: int) -> jax.stages.Lowered:
+        """The step for a mesh whose devices may be absent, ready to ``compile()``.
+
+        Args:
+            batch_size: rows of all devices together.
+            length: tokens of a row.
+        """
+        dtypes = {name: jnp.int32 for name in ("tokens", "targets", "positions", "segments")}
+        batch = {
+            name: jax.ShapeDtypeStruct(
+                (batch_size, length), dtype, sharding=batch_sharding(self.mesh)
+            )
+            for name, dtype in (dtypes | {"weights": jnp.float32}).items()
+        }
+        with placed_on(self.mesh):
+            return self.jitted.lower(self.abstract_state(), batch)
 
     def _step(
         self, state: TrainState, batch: Mapping[str, Array]
