@@ -119,3 +119,10 @@ def steps(
             work = live * _PRODUCTS[which] * blocks.q * blocks.k * width
             found[Step(parts=frozenset(names), bytes=moved, multiply_adds=work)] += 1
     return collections.Counter({step: heads * count for step, count in found.items()})
+
+
+def summed_bytes(
+    which: Pass, blocks: Blocks, *, length: int, heads: int, width: int, itemsize: int = 2
+) -> float:
+    """What is moved after the kernel, to sum partial gradients of queries."""
+    return (which == "fused") * (length // blocks.k + 1) * heads * length * width * itemsize

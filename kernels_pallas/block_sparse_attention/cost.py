@@ -44,36 +44,30 @@ def rule_of(shape: shapes.Shape) -> Causal | SlidingWindow:
 
 
 def kernel(
-    *, which: shapes.Pass, shape: str, dtype: str, block_q: int, block_k: int
+    *, which: shapes.Pass, shape: str, dtype: str, block_q: int, block_k: int, listed: bool = False
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """One kernel of a named shape, for ``kernels_pallas.common.schedule``.
 
     Its operands are those of the program, so that the compiler cannot keep them in VMEM, which it
-    does with what small programs make themselves.
+    does with what small programs make themselves. With ``listed`` the number of steps is dynamic.
     """
     sizes = SHAPES[shape]
     rule, struct = rule_of(sizes), cast(Any, jax.ShapeDtypeStruct)
     static = Static(rule, sizes.width**-0.5, None, block_q, block_k, False)
     queries, keys = (-(-sizes.length // block) * block for block in (block_q, block_k))
-    entries = static_map(rule, block_q, block_k, sizes.length, sizes.length).sum()
+    entries = int(static_map(rule, block_q, block_k, sizes.length, sizes.length).sum())
     q = struct((sizes.batch, sizes.heads, queries, sizes.width), dtype)
     k = struct((sizes.batch, sizes.kv_heads, keys, sizes.width), dtype)
     q_tokens, kv_tokens = (struct((sizes.batch, 2, n), jnp.int32) for n in (queries, keys))
-    listed = struct((sizes.batch * int(entries),), jnp.int32)
-    operands = Operands(q_tokens, kv_tokens, q, k, k)
+    arrays = [Operands(q_tokens, kv_tokens, q, k, k)]
+    if which == "backward":
+        arrays += [q, struct((sizes.batch, sizes.heads, 2, queries), jnp.float32)]
+    run = tpu_forward.run if which == "forward" else tpu_backward.fused
 
-    def given(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-        return pairs.Listed(arrays[0], int(entries)), *arrays[1:]
+    def call(packed: Any, count: Any, *arrays: Any) -> Any:
+        return run(static, pairs.Listed(packed, count if listed else entries), *arrays)
 
-    if which == "forward":
-        return lambda *arrays: tpu_forward.run(static, *given(arrays)), (listed, operands)
-    per_query = struct((sizes.batch, sizes.heads, 2, queries), jnp.float32)
-    return lambda *arrays: tpu_backward.fused(static, *given(arrays)), (
-        listed,
-        operands,
-        q,
-        per_query,
-    )
+    return call, (struct((sizes.batch * entries,), jnp.int32), struct((), jnp.int32), *arrays)
 
 
 def steps(

@@ -41,9 +41,7 @@ def test_parts_are_named_in_order_and_the_rest_is_every_step():
 
 
 def test_a_part_of_every_step_and_parts_of_one_name_are_added():
-    parts = predict.part_cycles(
-        SCHEDULE, before=(EVERY,), bodies=("body", "body"), after=("last",)
-    )
+    parts = predict.part_cycles(SCHEDULE, before=(EVERY,), bodies=("body", "body"), after=("last",))
     assert parts == {EVERY: 10 + 5 + 7 + 40, "body": 300, "last": 30}
 
 
