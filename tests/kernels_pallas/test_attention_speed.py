@@ -23,13 +23,15 @@ def _blocks(q, k, compute):
     return splash.Blocks(q=q, k=k, compute=compute)
 
 
-# Splash at its best, for cycles of a visited block and for those of a call: of all that
-# ``test_no_other_block_sizes_of_splash_are_faster`` compiles, forward and with one backward kernel.
+# Splash at its best: the block sizes of the fewest cycles of a visited block, and the cycles of a
+# call for each head with those of the fastest call. Of all block sizes that
+# ``test_no_other_block_sizes_of_splash_are_faster`` compiles; its backward pass is faster as one
+# kernel than as two, by which a block takes more than 1.4 times as long.
 BEST = {
-    ("v5e", "forward"): (_blocks(512, 2048, 512), _blocks(1024, 1024, 256)),
-    ("v6e", "forward"): (_blocks(1024, 2048, 512), _blocks(1024, 1024, 512)),
-    ("v5e", "fused"): (_blocks(1024, 512, 512), _blocks(1024, 1024, 1024)),
-    ("v6e", "fused"): (_blocks(1024, 2048, 256), _blocks(1024, 1024, 1024)),
+    ("v5e", "forward"): (_blocks(512, 2048, 512), 54046),
+    ("v6e", "forward"): (_blocks(1024, 2048, 512), 37786),
+    ("v5e", "fused"): (_blocks(1024, 512, 512), 117764),
+    ("v6e", "fused"): (_blocks(1024, 2048, 256), 70993),
 }
 PASSES = {"forward": "forward", "backward": "fused"}
 
@@ -89,13 +91,12 @@ def _call(topology, which, shape, rule, parts, blocks=None):
 @pytest.mark.parametrize("topology", KINDS)
 def test_dense_causal_is_no_slower_than_splash_at_its_best(topology, which):
     """By visited block, whole and masked ones together, and by call."""
-    of_block, of_call = BEST[topology, PASSES[which]]
-    block, _ = _splash(topology, PASSES[which], of_block)
-    _, call = _splash(topology, PASSES[which], of_call)
+    blocks, call = BEST[topology, PASSES[which]]
+    block, _ = _splash(topology, PASSES[which], blocks)
     parts = _parts(topology, which)
     our_call, our_block = _call(topology, which, SHAPE, cost.rule_of(SHAPE), parts)
     assert our_block <= 1.05 * block, (our_block, block)
-    assert our_call <= 1.05 * call, (our_call, call)
+    assert our_call <= 1.05 * call * SHAPE.heads, (our_call, call)
     # Nothing computes faster than the matrix unit; below, the prediction itself is wrong.
     products = 2 if which == "forward" else 5
     least = products * SHAPE.length * SHAPE.length / 2 * SHAPE.width * SHAPE.heads
@@ -112,10 +113,12 @@ def _spread(density, tiles, length):
 
 # What a block of queries costs once does not shrink with density: at 8192 tokens it is more than
 # a tenth of two steps, which is all that density 1/8 leaves of a row of 16.
-@pytest.mark.parametrize(("density", "most"), [(1 / 2, 1.1), (1 / 4, 1.1), (1 / 8, 1.22)])
+MOST = {1 / 2: 1.1, 1 / 4: 1.1, 1 / 8: 1.22}
+
+
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("topology", KINDS)
-def test_time_falls_with_density(topology, which, density, most):
+def test_time_falls_with_density(topology, which):
     shape = dataclasses.replace(SHAPE, length=8192)
     parts = dict(_parts(topology, which))
     if which == "backward":
@@ -123,8 +126,9 @@ def test_time_falls_with_density(topology, which, density, most):
         parts["start"] *= shape.length // SHAPE.length
     call = functools.partial(_call, topology, which, shape, Bidirectional(), parts)
     dense, _ = call()
-    sparse, _ = call(blocks=_spread(density, _tiles(topology, which), shape.length))
-    assert 1.0 < sparse / (density * dense) < most
+    for density, most in MOST.items():
+        sparse, _ = call(blocks=_spread(density, _tiles(topology, which), shape.length))
+        assert 1.0 < sparse / (density * dense) < most, density
 
 
 @pytest.mark.parametrize("which", PASSES)
@@ -162,5 +166,15 @@ def test_no_other_block_sizes_of_splash_are_faster(topology, which):
         except aot.CannotCompile:
             continue
     assert len(found) > 20
-    best = tuple(min(found, key=lambda blocks, i=i: found[blocks][i]) for i in (0, 1))
-    assert best == BEST[topology, which]
+    blocks, call = BEST[topology, which]
+    assert blocks == min(found, key=lambda blocks: found[blocks][0])
+    assert call == round(min(cycles for _, cycles in found.values()) / SHAPE.heads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", KINDS)
+def test_two_backward_kernels_of_splash_are_slower_than_one(topology):
+    one, _ = _splash(topology, "fused", BEST[topology, "fused"][0])
+    for blocks in (_blocks(512, 512, 512), _blocks(1024, 1024, 1024)):
+        two = [_splash(topology, which, blocks)[0] for which in ("by_queries", "by_keys")]
+        assert sum(two) > 1.4 * one

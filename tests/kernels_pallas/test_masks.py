@@ -28,7 +28,7 @@ RULES = st.one_of(
     st.builds(SinkWindow, sinks=st.integers(0, 20), size=st.integers(1, 30)),
     st.builds(Strided, unit=st.integers(1, 9), stride=st.integers(1, 5)),
 )
-NEW = [SinkWindow(sinks=3, size=6), Strided(unit=8, stride=2), Strided(unit=5, stride=3)]
+NEW = [SinkWindow(sinks=3, size=6), Strided(unit=5, stride=3)]
 
 
 def _tokens(rule, queries, keys):
@@ -58,7 +58,7 @@ def test_what_a_few_tokens_see():
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rule=RULES,
     block_q=st.integers(1, 12),
@@ -72,7 +72,7 @@ def test_a_block_map_holds_all_that_is_seen_and_is_tight(rule, block_q, block_k,
     np.testing.assert_array_equal(rule.block_map(block_q, block_k, num_q, num_k), blocks)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rule=RULES,
     q_first=st.integers(0, 60),
@@ -88,7 +88,7 @@ def test_ranges_that_are_all_visible_hide_nothing(rule, q_first, q_count, kv_fir
         assert _tokens(rule, queries, keys).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(rule=RULES, seed=st.integers(0, 99))
 def test_a_rule_is_its_positions_within_a_segment_that_is_not_padding(rule, seed):
     rng = np.random.default_rng(seed)
