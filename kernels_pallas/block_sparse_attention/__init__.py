@@ -11,9 +11,12 @@ from kernels_pallas.block_sparse_attention import gpu, ref, tpu, xla
 from kernels_pallas.block_sparse_attention.masks import (
     Bidirectional,
     Causal,
+    IndexRule,
     MaskRule,
     RangeRule,
+    SinkWindow,
     SlidingWindow,
+    Strided,
 )
 from kernels_pallas.block_sparse_attention.specs import NOTHING, BlockSparseAttentionConfig
 from kernels_pallas.common.dispatch import Operation
@@ -205,9 +208,12 @@ __all__ = [
     "Bidirectional",
     "BlockSparseAttentionConfig",
     "Causal",
+    "IndexRule",
     "MaskRule",
     "RangeRule",
+    "SinkWindow",
     "SlidingWindow",
+    "Strided",
     "block_sparse_attention",
     "merge_partial",
     "partial_attention",

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.block_sparse_attention.masks import MaskRule
+from kernels_pallas.block_sparse_attention.masks import IndexRule, MaskRule
 
 
 class Tokens(NamedTuple):
@@ -51,16 +51,28 @@ def in_order(tokens: Tokens) -> Bool[Array, " B"]:
     return jnp.all(same, axis=1) & jnp.all(apart, axis=1)
 
 
+def positions_are_indices(tokens: Tokens) -> Bool[Array, " B"]:
+    """Rows of one document, padding behind it, whose keys are numbered from 0."""
+    index = jnp.arange(tokens.kv_positions.shape[1])[None]
+    real = tokens.kv_segments != 0
+    first = tokens.kv_segments[:, :1]
+    alike = (tokens.kv_segments == first) & (tokens.kv_positions == index)
+    return jnp.all(alike | ~real, axis=1)
+
+
 def where_in_order(
     out: Float[Array, "B T H E"],
     log_sum_exp: Float[Array, "B T H"],
     tokens: Tokens,
+    rule: MaskRule,
     visible: Bool[np.ndarray, "num_q num_k"],
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """Results by the static map ``visible``, NaN in rows for which it does not hold."""
     if visible.all():
         return out, log_sum_exp
     right = in_order(tokens)
+    if isinstance(rule, IndexRule):
+        right &= positions_are_indices(tokens)
     return (
         jnp.where(right[:, None, None, None], out, jnp.nan),
         jnp.where(right[:, None, None], log_sum_exp, jnp.nan),

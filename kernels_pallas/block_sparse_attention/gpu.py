@@ -124,7 +124,7 @@ def block_sparse_attention(
     call = _Call(rule, scale, softcap, _WHOLE, _WHOLE, config.interpret)
     out, log_sum_exp = _attention(call, q, k, v, tokens, None)
     visible = block_lists.static_map(rule, ROWS, ROWS, queries, keys)
-    return block_lists.where_in_order(out, log_sum_exp, tokens, visible)
+    return block_lists.where_in_order(out, log_sum_exp, tokens, rule, visible)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,7 +1,7 @@
 """Who may attend to whom: a rule for two tokens, and what it says of blocks."""
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +51,10 @@ class RangeRule(MaskRule, Protocol):
     A kernel leaves out the mask of such a pair of blocks; of other rules it masks every pair.
     """
 
+    def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """Whether each query sees each key of its own segment."""
+        ...
+
     def all_visible(
         self,
         q_first: Int[Array, "..."],
@@ -69,6 +73,16 @@ class RangeRule(MaskRule, Protocol):
         ...
 
 
+@runtime_checkable
+class IndexRule(MaskRule, Protocol):
+    """A rule whose block map takes positions for indices: rows of one document, padding behind it.
+
+    Any other row is one that the map does not hold for.
+    """
+
+    positions_are_indices: ClassVar[bool]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bidirectional:
     """Every token sees its whole segment."""
@@ -82,6 +96,10 @@ class Bidirectional:
     ) -> Bool[Array, "..."]:
         """Same segment, not padding."""
         return _same_segment(q_seg, kv_seg)
+
+    def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """Always."""
+        return jnp.ones(jnp.broadcast_shapes(q_pos.shape, kv_pos.shape), bool)
 
     def all_visible(
         self,
@@ -112,7 +130,11 @@ class Causal:
         kv_seg: Int[Array, "..."],
     ) -> Bool[Array, "..."]:
         """Same segment and ``kv_pos <= q_pos``."""
-        return _same_segment(q_seg, kv_seg) & (kv_pos <= q_pos)
+        return _same_segment(q_seg, kv_seg) & self.near(q_pos, kv_pos)
+
+    def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """``kv_pos <= q_pos``."""
+        return kv_pos <= q_pos
 
     def all_visible(
         self,
@@ -149,8 +171,11 @@ class SlidingWindow:
         kv_seg: Int[Array, "..."],
     ) -> Bool[Array, "..."]:
         """Same segment and ``q_pos - size < kv_pos <= q_pos``."""
-        near = (kv_pos <= q_pos) & (q_pos - kv_pos < self.size)
-        return _same_segment(q_seg, kv_seg) & near
+        return _same_segment(q_seg, kv_seg) & self.near(q_pos, kv_pos)
+
+    def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """``q_pos - size < kv_pos <= q_pos``."""
+        return (kv_pos <= q_pos) & (q_pos - kv_pos < self.size)
 
     def all_visible(
         self,
@@ -169,6 +194,115 @@ class SlidingWindow:
         oldest = _first(block_q, num_q) - self.size
         reached = _last(block_k, num_k)[None, :] > oldest[:, None]
         return reached & Causal().block_map(block_q, block_k, num_q, num_k)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SinkWindow:
+    """A token sees the first ``sinks`` positions and the last ``size``, itself among them.
+
+    Attributes:
+        sinks: positions at the start that every later token sees.
+        size: positions that a token sees behind it, at least 1.
+
+    Reference: Guangxuan Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
+    2023, arXiv:2309.17453.
+    """
+
+    sinks: int
+    size: int
+    positions_are_indices: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        q_pos: Int[Array, "..."],
+        kv_pos: Int[Array, "..."],
+        q_seg: Int[Array, "..."],
+        kv_seg: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """Same segment, and ``near``."""
+        return _same_segment(q_seg, kv_seg) & self.near(q_pos, kv_pos)
+
+    def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """``kv_pos <= q_pos``, and ``kv_pos < sinks`` or ``q_pos - size < kv_pos``."""
+        return (kv_pos <= q_pos) & ((kv_pos < self.sinks) | (q_pos - kv_pos < self.size))
+
+    def all_visible(
+        self,
+        q_first: Int[Array, "..."],
+        q_last: Int[Array, "..."],
+        kv_first: Int[Array, "..."],
+        kv_last: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """No key is after the first query, and all are sinks or all are in reach of the last."""
+        kept = (kv_last < self.sinks) | (q_last - kv_first < self.size)
+        return (kv_last <= q_first) & kept
+
+    def block_map(
+        self, block_q: int, block_k: int, num_q: int, num_k: int
+    ) -> Bool[np.ndarray, "num_q num_k"]:
+        """Blocks of the window, and causal ones that hold a sink."""
+        window = SlidingWindow(size=self.size).block_map(block_q, block_k, num_q, num_k)
+        sinks = (_first(block_k, num_k) < self.sinks)[None, :]
+        return window | (sinks & Causal().block_map(block_q, block_k, num_q, num_k))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Strided:
+    """A token sees, of its own unit of positions and every ``stride``-th before it, what is causal.
+
+    Attributes:
+        unit: positions in a unit.
+        stride: units from one that is seen to the next, at least 1.
+
+    Reference: Rewon Child et al., "Generating Long Sequences with Sparse Transformers", 2019,
+    arXiv:1904.10509.
+
+    Differences from the paper: strides are of whole units, so that blocks of keys can be left out.
+    """
+
+    unit: int
+    stride: int
+    positions_are_indices: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        q_pos: Int[Array, "..."],
+        kv_pos: Int[Array, "..."],
+        q_seg: Int[Array, "..."],
+        kv_seg: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """Same segment, ``kv_pos <= q_pos``, and units that are a multiple of ``stride`` apart."""
+        return _same_segment(q_seg, kv_seg) & self.near(q_pos, kv_pos)
+
+    def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """``kv_pos <= q_pos``, and units that are a multiple of ``stride`` apart."""
+        apart = q_pos // self.unit - kv_pos // self.unit
+        return (kv_pos <= q_pos) & (apart % self.stride == 0)
+
+    def all_visible(
+        self,
+        q_first: Int[Array, "..."],
+        q_last: Int[Array, "..."],
+        kv_first: Int[Array, "..."],
+        kv_last: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """No key is after the first query, and both lie in one unit each, a multiple apart."""
+        q_low, q_high, kv_low, kv_high = (
+            x // self.unit for x in (q_first, q_last, kv_first, kv_last)
+        )
+        single = ((q_low == q_high) & (kv_low == kv_high)) | (self.stride == 1)
+        return (kv_last <= q_first) & single & ((q_low - kv_low) % self.stride == 0)
+
+    def block_map(
+        self, block_q: int, block_k: int, num_q: int, num_k: int
+    ) -> Bool[np.ndarray, "num_q num_k"]:
+        """Causal blocks with two units that are a multiple of ``stride`` apart."""
+        queries = _first(block_q, num_q) // self.unit, _last(block_q, num_q) // self.unit
+        keys = _first(block_k, num_k) // self.unit, _last(block_k, num_k) // self.unit
+        least = np.maximum(queries[0][:, None] - keys[1][None, :], 0)
+        most = queries[1][:, None] - keys[0][None, :]
+        multiple = most // self.stride * self.stride >= least
+        return multiple & Causal().block_map(block_q, block_k, num_q, num_k)
 
 
 def _same_segment(q_seg: Int[Array, "..."], kv_seg: Int[Array, "..."]) -> Bool[Array, "..."]:

@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Int
 from kernels_pallas.block_sparse_attention.blocks import Tokens
 from kernels_pallas.block_sparse_attention.masks import MaskRule, RangeRule
 
-# Flags: the first and the last entry of an outer block; something to compute; nothing to mask.
-FIRST, LAST, LIVE, WHOLE = 1, 2, 4, 8
-_INNER, _OUTER = 4, 18
-MOST_BLOCKS = 1 << 13
+# Flags: the first and the last entry of an outer block; something to compute; all of one segment;
+# nothing to mask; the first entry of an outer block with something to mask.
+FIRST, LAST, LIVE, ALIKE, WHOLE, TURN = 1, 2, 4, 8, 16, 32
+_INNER, _OUTER = 6, 18
+MOST_BLOCKS = 1 << 12
 
 
 class Pairs(NamedTuple):
@@ -28,6 +29,13 @@ class Pairs(NamedTuple):
     q: Int[Array, "R P"]
     k: Int[Array, "R P"]
     live: Bool[Array, "R P"]
+
+
+class Listed(NamedTuple):
+    """Entries of every batch row, one after the other, and how many of a row's are steps."""
+
+    entries: Int[Array, " BP"]
+    steps: int | Int[Array, ""]
 
 
 def outer(entry: Int[Array, "..."]) -> Int[Array, "..."]:
@@ -77,9 +85,16 @@ def listed_columns(blocks: Int[Array, "B Q N"], num_k: int) -> Pairs:
 
 
 def packed(
-    pairs: Pairs, rule: MaskRule, tokens: Tokens, block_q: int, block_k: int, *, by_rows: bool
-) -> Int[Array, " BP"]:
-    """The entries of every batch row, one after the other.
+    pairs: Pairs,
+    rule: MaskRule,
+    tokens: Tokens,
+    block_q: int,
+    block_k: int,
+    *,
+    by_rows: bool,
+    shortened: bool = False,
+) -> Listed:
+    """The entries of every batch row.
 
     Pairs whose segments cannot meet compute nothing and repeat the block before them, so that
     nothing is loaded for them.
@@ -91,17 +106,50 @@ def packed(
         block_q: queries in a block.
         block_k: keys in a block.
         by_rows: the outer blocks are those of queries, not of keys.
+        shortened: drops pairs that compute nothing, which makes the number of steps dynamic.
     """
-    live, whole = _live_and_whole(pairs, rule, tokens, block_q, block_k)
+    live, alike, seen = _kinds(pairs, rule, tokens, block_q, block_k)
+    flags = LIVE * live + ALIKE * alike + WHOLE * seen
     own, other = (pairs.q, pairs.k) if by_rows else (pairs.k, pairs.q)
     own, other = (jnp.broadcast_to(x, live.shape).astype(jnp.int32) for x in (own, other))
+    place = jnp.arange(live.shape[1])[None]
+    if shortened:
+        own, other, flags, kept = _shortened(own, other, flags)
+        steps, end = jnp.max(kept), kept[:, None] - 1
+    else:
+        steps, end = live.shape[1], jnp.full((live.shape[0], 1), live.shape[1] - 1)
     change = jnp.diff(own, axis=1) != 0
-    edge = jnp.ones_like(live[:, :1])
-    flags = FIRST * jnp.concatenate([edge, change], axis=1)
-    flags += LAST * jnp.concatenate([change, edge], axis=1)
-    flags += LIVE * live + WHOLE * whole
+    no = jnp.zeros_like(live[:, :1])
+    first = jnp.concatenate([~no, change], axis=1)
+    last = jnp.concatenate([change, no], axis=1) | (place == end)
+    live = flags & LIVE != 0
+    flags += FIRST * first + LAST * last
+    flags += TURN * _first_of_each(live & (flags & WHOLE == 0), first)
     entries = (own << _OUTER) | (_repeat_the_last_live(other, live) << _INNER) | flags
-    return entries.reshape(-1)
+    return Listed(entries.reshape(-1), steps)
+
+
+def _shortened(
+    own: Int[Array, "B P"], other: Int[Array, "B P"], flags: Int[Array, "B P"]
+) -> tuple[Int[Array, "B P"], Int[Array, "B P"], Int[Array, "B P"], Int[Array, " B"]]:
+    """The live pairs first, and one of each outer block that has none; how many those are.
+
+    Behind them are pairs of the last block that compute nothing.
+    """
+    batch, length = own.shape
+    live = flags & LIVE != 0
+    starts = jnp.concatenate([jnp.ones_like(live[:, :1]), jnp.diff(own, axis=1) != 0], axis=1)
+    rows = jnp.arange(batch)[:, None]
+    busy = jnp.zeros((batch, length), bool).at[rows, own].max(live, mode="drop")
+    keep = live | (starts & ~jnp.take_along_axis(busy, own, axis=1))
+    place = jnp.where(keep, jnp.cumsum(keep, axis=1) - 1, length)
+    # No outer block has a higher number than there are pairs, as each has one.
+    empty = jnp.broadcast_to(own[:, -1:], own.shape), jnp.zeros_like(other), jnp.zeros_like(flags)
+    own, other, flags = (
+        x.at[rows, place].set(y, mode="drop")
+        for x, y in zip(empty, (own, other, flags), strict=True)
+    )
+    return own, other, flags, jnp.sum(keep, axis=1)
 
 
 def ranges(
@@ -120,7 +168,7 @@ def ranges(
     Returns:
         Inner blocks, and where those of each outer block start, start to need a mask, and stop.
     """
-    live, whole = _live_and_whole(pairs, rule, tokens, block_q, block_k)
+    live, _, whole = _kinds(pairs, rule, tokens, block_q, block_k)
     own, other = (pairs.q, pairs.k) if by_rows else (pairs.k, pairs.q)
     own, other = (jnp.broadcast_to(x, live.shape).astype(jnp.int32) for x in (own, other))
     positions, block = (tokens.q_positions, block_q) if by_rows else (tokens.kv_positions, block_k)
@@ -133,17 +181,18 @@ def ranges(
     return jnp.take_along_axis(other, order, axis=1), bounds
 
 
-def _live_and_whole(
+def _kinds(
     pairs: Pairs, rule: MaskRule, tokens: Tokens, block_q: int, block_k: int
-) -> tuple[Bool[Array, "B P"], Bool[Array, "B P"]]:
-    """Which pairs have something to compute, and which of them nothing to mask."""
+) -> tuple[Bool[Array, "B P"], Bool[Array, "B P"], Bool[Array, "B P"]]:
+    """Which pairs have something to compute, which of them one segment, and which no mask."""
     queries = _Ranges.of(tokens.q_positions, tokens.q_segments, block_q).at(pairs.q)
     keys = _Ranges.of(tokens.kv_positions, tokens.kv_segments, block_k).at(pairs.k)
     live = (queries.low <= keys.high) & (keys.low <= queries.high) & pairs.live
+    alike = live & queries.uniform & keys.uniform
     if not isinstance(rule, RangeRule):
-        return live, jnp.zeros_like(live)
+        return live, alike, jnp.zeros_like(live)
     visible = rule.all_visible(queries.first, queries.last, keys.first, keys.last)
-    return live, live & queries.uniform & keys.uniform & visible
+    return live, alike, alike & visible
 
 
 class _Ranges(NamedTuple):
@@ -168,6 +217,14 @@ class _Ranges(NamedTuple):
     def at(self, index: Int[Array, "R P"]) -> "_Ranges":
         index = jnp.broadcast_to(index, (self.low.shape[0], index.shape[1]))
         return _Ranges(*(jnp.take_along_axis(x, index, axis=1) for x in self))
+
+
+def _first_of_each(asked: Bool[Array, "B P"], starts: Bool[Array, "B P"]) -> Bool[Array, "B P"]:
+    """The first that is ``asked`` from each start on."""
+    place = jnp.arange(asked.shape[1])[None]
+    latest = lax.cummax(jnp.where(asked, place, -1), axis=1)
+    before = jnp.concatenate([jnp.full_like(latest[:, :1], -1), latest[:, :-1]], axis=1)
+    return asked & (before < lax.cummax(jnp.where(starts, place, 0), axis=1))
 
 
 def _repeat_the_last_live(x: Int[Array, "B P"], live: Bool[Array, "B P"]) -> Int[Array, "B P"]:

@@ -7,8 +7,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.block_sparse_attention.masks import MaskRule
+from kernels_pallas.common.tuned import lookup
+
 # Log-sum-exp of a query that sees no key: finite, so that merging and gradients need no care.
 NOTHING = -1e30
+
+Pass = Literal["forward", "backward"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,8 +23,11 @@ class BlockSparseAttentionConfig:
     Attributes:
         block: of ``"xla"``: queries, and granularity of keys, handled at a time; ``None``
             derives it from the length.
-        block_q: of ``"tpu"``: queries handled at a time; ``None`` derives it from the length.
+        block_q: of ``"tpu"``: queries handled at a time; ``None`` takes what was tuned for the
+            device, or else derives it from the length.
         block_k: of ``"tpu"``: keys handled at a time; likewise.
+        backward_q: of the backward pass of ``"tpu"``; ``None`` takes ``block_q`` if that is given.
+        backward_k: likewise.
         interpret: of ``"tpu"`` and ``"gpu"``: the ``interpret`` of Pallas; runs the kernel
             anywhere, slowly. ``"tpu"`` takes true, ``"gpu"`` parameters of the Mosaic-GPU one.
     """
@@ -27,19 +35,45 @@ class BlockSparseAttentionConfig:
     block: int | None = None
     block_q: int | None = None
     block_k: int | None = None
+    backward_q: int | None = None
+    backward_k: int | None = None
     interpret: Any = False
 
     def of(self, length: int) -> int:
         """The block size for ``length`` queries: at least 128, and at most 16 blocks."""
         return min(length, self.block or max(128, -(-length // 16)))
 
-    def tiles(self, queries: int, keys: int) -> tuple[int, int]:
-        """Queries and keys that the TPU handles at a time: 512, or all in whole lanes of 128."""
-        return self.block_q or _tile(queries), self.block_k or _tile(keys)
+    def tiles(
+        self, which: Pass, *, queries: int, keys: int, width: int, dtype: Any, rule: MaskRule
+    ) -> tuple[int, int]:
+        """Queries and keys that the TPU handles at a time: explicit, else tuned, else derived.
+
+        What was tuned holds for one pass, dtype, width and rule, at any length that is not
+        shorter than its tiles. Derived are 1024 queries, or a quarter of them but 512 at least,
+        and 512 keys; 512 of both in float32; and never more than all in whole lanes of 128.
+        """
+        backward = which == "backward"
+        block_q = self.backward_q if backward and self.backward_q else self.block_q
+        block_k = self.backward_k if backward and self.backward_k else self.block_k
+        tuned = lookup("block_sparse_attention", tuned_key(which, dtype, width, rule))
+        limits = _lanes(queries), _lanes(keys)
+        if tuned and tuned["block_q"] <= limits[0] and tuned["block_k"] <= limits[1]:
+            derived = tuned["block_q"], tuned["block_k"]
+        else:
+            tall = (
+                512 if jnp.dtype(dtype).itemsize > 2 else max(512, min(1024, _lanes(queries // 4)))
+            )
+            derived = min(tall, limits[0]), min(512, limits[1])
+        return block_q or derived[0], block_k or derived[1]
 
 
-def _tile(length: int) -> int:
-    return min(512, -(-length // 128) * 128)
+def tuned_key(which: Pass, dtype: Any, width: int, rule: MaskRule) -> str:
+    """The name of an entry of ``tuned.json``; a rule is a dataclass, so it prints its sizes."""
+    return f"{which} {jnp.dtype(dtype).name} {width} {rule}"
+
+
+def _lanes(length: int) -> int:
+    return -(-length // 128) * 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ def block_sparse_attention(
     static = _Static(rule, scale, softcap, block, block)
     out, log_sum_exp = _attention(static, q, k, v, tokens, None)
     visible = block_lists.static_map(rule, block, block, queries, keys)
-    return block_lists.where_in_order(out, log_sum_exp, tokens, visible)
+    return block_lists.where_in_order(out, log_sum_exp, tokens, rule, visible)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

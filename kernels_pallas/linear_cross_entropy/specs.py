@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.common.tuned import lookup
+
 # What a kernel may hold in VMEM, of 64 MiB (v5p, tpu7x) to 128 MiB (v5e, v6e) that a core has.
 VMEM_BYTES = 48 * 2**20
 
@@ -61,9 +63,9 @@ class LinearCrossEntropyConfig:
 
     Attributes:
         block_vocabulary: vocabulary entries whose logits are alive at a time: for all tokens
-            with ``"xla"``, for ``block_tokens`` of them with ``"tpu"``; ``None`` derives it from
-            the shapes.
-        block_tokens: tokens of a tile of ``"tpu"``; ``None`` derives it from the shapes.
+            with ``"xla"``, for ``block_tokens`` of them with ``"tpu"``; ``None`` takes what was
+            tuned for the TPU, or else derives it from the shapes.
+        block_tokens: tokens of a tile of ``"tpu"``; ``None`` likewise.
         skip_below: ``"tpu"`` leaves a tile out of the matrix products of the backward pass where
             every gradient by a logit is at most this, as a share of the largest of the token's
             incoming gradients ``s[n] = max(|by target|, |by log_sum_exp|, |by entropy|)``; so
@@ -93,6 +95,8 @@ class LinearCrossEntropyConfig:
     ) -> Tile | None:
         """The tile of a TPU kernel, or ``None`` where not even the smallest fits VMEM.
 
+        What was tuned holds for one kernel, width and size of element, at any shape that is not
+        smaller than the tile. Else tiles are tried from large to small.
         The side that stays while the other streams is the long one: each byte that streams
         is used once per entry of it, and HBM keeps up from some 600 entries on (v6e).
         """
@@ -102,6 +106,9 @@ class LinearCrossEntropyConfig:
             sides = [Tile(tokens=stream, vocabulary=stay) for stay, stream in tiles]
         else:
             sides = [Tile(tokens=stay, vocabulary=stream) for stay, stream in tiles]
+        tuned = lookup("linear_cross_entropy", tuned_key(which, itemsize, width))
+        if tuned and tuned["tokens"] <= tokens and tuned["vocabulary"] <= vocabulary:
+            sides = [Tile(tokens=tuned["tokens"], vocabulary=tuned["vocabulary"]), *sides]
         for side in sides:
             tile = Tile(
                 tokens=self.block_tokens or min(side.tokens, _rounded(tokens)),
@@ -110,6 +117,11 @@ class LinearCrossEntropyConfig:
             if vmem_bytes(which, tile, width, itemsize) <= VMEM_BYTES:
                 return tile
         return None
+
+
+def tuned_key(which: Pass, itemsize: int, width: int) -> str:
+    """The name of an entry of ``tuned.json``."""
+    return f"{which} {'bfloat16' if itemsize == 2 else 'float32'} {width}"
 
 
 def vmem_bytes(which: Pass, tile: Tile, width: int, itemsize: int) -> int:

@@ -37,7 +37,7 @@ _ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Call:
+class Call:
     """What is static: ``statistics`` asks for entropy and arg-max as well."""
 
     softcap: float | None
@@ -100,7 +100,7 @@ def linear_cross_entropy(
     config: LinearCrossEntropyConfig,
 ) -> TargetLogits:
     """See :func:`kernels_pallas.linear_cross_entropy.linear_cross_entropy`."""
-    call = _Call(softcap=softcap, statistics=False, config=config)
+    call = Call(softcap=softcap, statistics=False, config=config)
     rows = _run(call, hidden, weight, bias, targets)
     return TargetLogits(*(row.reshape(targets.shape) for row in rows))
 
@@ -115,7 +115,7 @@ def vocabulary_statistics(
     config: LinearCrossEntropyConfig,
 ) -> VocabularyStatistics:
     """See :func:`kernels_pallas.linear_cross_entropy.vocabulary_statistics`."""
-    call = _Call(softcap=softcap, statistics=True, config=config)
+    call = Call(softcap=softcap, statistics=True, config=config)
     rows = (row.reshape(targets.shape) for row in _run(call, hidden, weight, bias, targets))
     *differentiable, highest, best = rows
     return VocabularyStatistics(
@@ -125,7 +125,7 @@ def vocabulary_statistics(
     )
 
 
-def _run(call: _Call, hidden, weight, bias, targets) -> Float[Array, "rows N"]:
+def _run(call: Call, hidden, weight, bias, targets) -> Float[Array, "rows N"]:
     vocabulary = weight.shape[0]
     known = (targets >= 0) & (targets < vocabulary)
     ids = jnp.where(known, targets, -1).astype(jnp.int32).reshape(1, targets.size)
@@ -134,11 +134,12 @@ def _run(call: _Call, hidden, weight, bias, targets) -> Float[Array, "rows N"]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _statistics(call: _Call, hidden, weight, bias, targets) -> Float[Array, "rows N"]:
-    return _forward(call, hidden, weight, bias, targets)[0]
+def _statistics(call: Call, hidden, weight, bias, targets) -> Float[Array, "rows N"]:
+    return forward(call, hidden, weight, bias, targets)[0]
 
 
-def _forward(call: _Call, hidden, weight, bias, targets):
+def forward(call: Call, hidden, weight, bias, targets):
+    """Rows of statistics, and what the backward pass needs."""
     problem = _problem("forward", hidden, weight, call.config)
     tile = problem.tile
     rows = 6 if call.statistics else 3
@@ -161,16 +162,16 @@ def _forward(call: _Call, hidden, weight, bias, targets):
     return out, (hidden, weight, bias, targets, out[_LOG_SUM_EXP], entropy)
 
 
-def _backward(call: _Call, residuals, cotangents):
+def _backward(call: Call, residuals, cotangents):
     hidden, weight, bias, targets, log_sum_exp, entropy = residuals
     tokens = _tokens(call, targets, log_sum_exp, entropy, cotangents, weight.shape[0])
-    by_hidden = _by_hidden(call, hidden, weight, _float32(bias), tokens)
-    by_weight, by_bias = _by_weight(call, hidden, weight, _float32(bias), tokens)
-    by_bias = None if bias is None else by_bias.astype(bias.dtype)
-    return by_hidden, by_weight, by_bias, None
+    to_hidden = by_hidden(call, hidden, weight, _float32(bias), tokens)
+    to_weight, to_bias = by_weight(call, hidden, weight, _float32(bias), tokens)
+    to_bias = None if bias is None else to_bias.astype(bias.dtype)
+    return to_hidden, to_weight, to_bias, None
 
 
-_statistics.defvjp(_forward, _backward)
+_statistics.defvjp(forward, _backward)
 
 
 def _tokens(call, targets, log_sum_exp, entropy, cotangents, vocabulary) -> Float[Array, "8 N"]:
@@ -195,7 +196,8 @@ def _tokens(call, targets, log_sum_exp, entropy, cotangents, vocabulary) -> Floa
     )
 
 
-def _by_hidden(call: _Call, hidden, weight, bias, tokens) -> Float[Array, "N D"]:
+def by_hidden(call: Call, hidden, weight, bias, tokens) -> Float[Array, "N D"]:
+    """Gradient by the hidden states."""
     problem = _problem("by_hidden", hidden, weight, call.config)
     tile = problem.tile
     return pl.pallas_call(
@@ -218,7 +220,8 @@ def _by_hidden(call: _Call, hidden, weight, bias, tokens) -> Float[Array, "N D"]
     )(hidden, weight, bias, tokens)
 
 
-def _by_weight(call: _Call, hidden, weight, bias, tokens):
+def by_weight(call: Call, hidden, weight, bias, tokens):
+    """Gradients by weight and bias."""
     problem = _problem("by_weight", hidden, weight, call.config)
     tile = problem.tile
     bias_spec = None if bias is None else pl.BlockSpec((1, tile.vocabulary), lambda i, j: (0, i))
@@ -383,7 +386,7 @@ def _by_weight_kernel(
             bias_out_ref[...] = _sum(jnp.transpose(bias_sum_ref[...]))
 
 
-def _gradient(call: _Call, logits, tokens: _Tokens, start, *, vocabulary_axis: int):
+def _gradient(call: Call, logits, tokens: _Tokens, start, *, vocabulary_axis: int):
     """By the logits before the cap, through all outputs at once."""
     logits = capped(logits, call.softcap)
     share = tokens.by_log_sum_exp
@@ -398,7 +401,7 @@ def _gradient(call: _Call, logits, tokens: _Tokens, start, *, vocabulary_axis: i
     return gradient
 
 
-def _unless_small(call: _Call, gradient, floor):
+def _unless_small(call: Call, gradient, floor):
     """Decorates the products of a tile; what lies beyond the arrays can only keep a tile."""
     if call.config.skip_below == 0.0:
         return lambda body: body()
@@ -422,7 +425,7 @@ def _problem(which: Pass, hidden, weight, config: LinearCrossEntropyConfig) -> _
     return _Problem(math.prod(hidden.shape[:-1]), weight.shape[0], hidden.shape[-1], tile)
 
 
-def _options(call: _Call) -> dict[str, Any]:
+def _options(call: Call) -> dict[str, Any]:
     return {
         "interpret": call.config.interpret,
         "compiler_params": pltpu.CompilerParams(

@@ -1,0 +1,180 @@
+"""Predicted time of attention on absent TPUs: against JAX's own kernel, by density, of lists."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import splash
+from kernels_pallas.block_sparse_attention import Bidirectional, cost
+from kernels_pallas.common import aot, predict, tuned
+from kernels_pallas.common.schedule import schedules
+
+NAME = "tpu-4096"
+SHAPE = cost.SHAPES[NAME]
+SIZES = {"length": SHAPE.length, "heads": SHAPE.heads, "width": SHAPE.width}
+BLOCK = 128 * 128
+KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
+
+
+def _blocks(q, k, compute):
+    return splash.Blocks(q=q, k=k, compute=compute)
+
+
+# Splash at its best: the block sizes of the fewest cycles of a visited block, and the cycles of a
+# call for each head with those of the fastest call. Of all block sizes that
+# ``test_no_other_block_sizes_of_splash_are_faster`` compiles; its backward pass is faster as one
+# kernel than as two, by which a block takes more than 1.4 times as long.
+BEST = {
+    ("v5e", "forward"): (_blocks(512, 2048, 512), 54046),
+    ("v6e", "forward"): (_blocks(1024, 2048, 512), 37786),
+    ("v5e", "fused"): (_blocks(1024, 512, 512), 117764),
+    ("v6e", "fused"): (_blocks(1024, 2048, 256), 70993),
+}
+PASSES = {"forward": "forward", "backward": "fused"}
+
+
+@functools.cache
+def _splash(topology, which, blocks):
+    """Bundles of a visited block of 128 x 128, and predicted cycles of the call."""
+    (found,) = schedules(
+        "benchmarks.splash:program",
+        topology=aot.TPUS[topology],
+        which=which,
+        dtype="bfloat16",
+        **dataclasses.asdict(blocks),
+        **SIZES,
+    )
+    parts = predict.part_cycles(found, **splash.parts(which, blocks))
+    peak = predict.PEAKS[topology]
+    cycles = predict.call_cycles(splash.steps(which, blocks, **SIZES), parts, peak)
+    cycles += splash.summed_bytes(which, blocks, **SIZES) / peak.bytes_per_cycle
+    return parts["body"] / (blocks.q * blocks.k / BLOCK), cycles
+
+
+def _tiles(topology, which):
+    """What is shipped for the device."""
+    sizes = tuned.read(tuned.path("block_sparse_attention"))[KINDS[topology]]
+    entry = sizes[cost.tuned_name(which, NAME, "bfloat16")]
+    return {"block_q": entry["block_q"], "block_k": entry["block_k"]}
+
+
+@functools.cache
+def _parts(topology, which, listed=False):
+    (found,) = schedules(
+        "kernels_pallas.block_sparse_attention.cost:kernel",
+        topology=aot.TPUS[topology],
+        which=which,
+        shape=NAME,
+        dtype="bfloat16",
+        listed=listed,
+        **_tiles(topology, which),
+    )
+    return predict.part_cycles(found, **cost.PARTS[which])
+
+
+def _call(topology, which, shape, rule, parts, blocks=None):
+    """Predicted cycles of a call, and bundles of a visited block of 128 x 128."""
+    tiles, peak = _tiles(topology, which), predict.PEAKS[topology]
+    steps = cost.steps(which, shape, rule, blocks=blocks, **tiles)
+    cycles = predict.call_cycles(steps, parts, peak)
+    if which == "backward":
+        cycles += cost.unscaled_bytes(shape, 2) / peak.bytes_per_cycle
+    visits = sum(count for step, count in steps.items() if step.parts & set(cost.BODIES))
+    bundles = predict.body_cycles(steps, parts, cost.BODIES)
+    return cycles, bundles / (visits * tiles["block_q"] * tiles["block_k"] / BLOCK)
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("topology", KINDS)
+def test_dense_causal_is_no_slower_than_splash_at_its_best(topology, which):
+    """By visited block, whole and masked ones together, and by call."""
+    blocks, call = BEST[topology, PASSES[which]]
+    block, _ = _splash(topology, PASSES[which], blocks)
+    parts = _parts(topology, which)
+    our_call, our_block = _call(topology, which, SHAPE, cost.rule_of(SHAPE), parts)
+    assert our_block <= 1.05 * block, (our_block, block)
+    assert our_call <= 1.05 * call * SHAPE.heads, (our_call, call)
+    # Nothing computes faster than the matrix unit; below, the prediction itself is wrong.
+    products = 2 if which == "forward" else 5
+    least = products * SHAPE.length * SHAPE.length / 2 * SHAPE.width * SHAPE.heads
+    assert our_call > least / predict.PEAKS[topology].multiply_adds
+
+
+def _spread(density, tiles, length):
+    """Every query block looks at that part of all key blocks, evenly spread."""
+    rows, columns = length // tiles["block_q"], length // tiles["block_k"]
+    step = round(1 / density)
+    lists = np.arange(rows)[:, None] + step * np.arange(columns // step)[None, :]
+    return jnp.asarray(lists % columns)[None]
+
+
+# What a block of queries costs once does not shrink with density: at 8192 tokens it is more than
+# a tenth of two steps, which is all that density 1/8 leaves of a row of 16.
+MOST = {1 / 2: 1.1, 1 / 4: 1.1, 1 / 8: 1.22}
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("topology", KINDS)
+def test_time_falls_with_density(topology, which):
+    shape = dataclasses.replace(SHAPE, length=8192)
+    parts = dict(_parts(topology, which))
+    if which == "backward":
+        # Clears the gradients of all queries of a head.
+        parts["start"] *= shape.length // SHAPE.length
+    call = functools.partial(_call, topology, which, shape, Bidirectional(), parts)
+    dense, _ = call()
+    for density, most in MOST.items():
+        sparse, _ = call(blocks=_spread(density, _tiles(topology, which), shape.length))
+        assert 1.0 < sparse / (density * dense) < most, density
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_lists_cost_no_more_than_the_same_static_blocks(which):
+    """The causal blocks as lists, which are half empty: no step for what is empty."""
+    topology = "v5e"
+    tiles, rule = _tiles(topology, which), cost.rule_of(SHAPE)
+    visible = rule.block_map(
+        tiles["block_q"],
+        tiles["block_k"],
+        SHAPE.length // tiles["block_q"],
+        SHAPE.length // tiles["block_k"],
+    )
+    lists = jnp.asarray(np.where(visible, np.arange(visible.shape[1])[None], -1))[None]
+    static, _ = _call(topology, which, SHAPE, rule, _parts(topology, which))
+    listed, _ = _call(topology, which, SHAPE, rule, _parts(topology, which, listed=True), lists)
+    assert listed <= 1.03 * static
+
+
+def _choices():
+    for k, computes in {512: (512, 256), 1024: (1024, 512, 256), 2048: (1024, 512, 256)}.items():
+        for q in (512, 1024, 2048):
+            for compute in computes:
+                yield _blocks(q, k, compute)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", PASSES.values())
+@pytest.mark.parametrize("topology", KINDS)
+def test_no_other_block_sizes_of_splash_are_faster(topology, which):
+    found = {}
+    for blocks in _choices():
+        try:
+            found[blocks] = _splash(topology, which, blocks)
+        except aot.CannotCompile:
+            continue
+    assert len(found) > 20
+    blocks, call = BEST[topology, which]
+    assert blocks == min(found, key=lambda blocks: found[blocks][0])
+    assert call == round(min(cycles for _, cycles in found.values()) / SHAPE.heads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", KINDS)
+def test_two_backward_kernels_of_splash_are_slower_than_one(topology):
+    one, _ = _splash(topology, "fused", BEST[topology, "fused"][0])
+    for blocks in (_blocks(512, 512, 512), _blocks(1024, 1024, 1024)):
+        two = [_splash(topology, which, blocks)[0] for which in ("by_queries", "by_keys")]
+        assert sum(two) > 1.4 * one
