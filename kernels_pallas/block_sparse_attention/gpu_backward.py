@@ -4,7 +4,8 @@ Both recompute the probabilities. ``per_query`` has each query's log-sum-exp in 
 subtracted from the gradients by its scores (``operands.inner_products``).
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,188 +86,201 @@ def backward_kv(
     return to_k, to_v
 
 
-def _kernel_q(
-    inner,
-    bounds,
-    q_tokens,
-    kv_tokens,
-    q,
-    k,
-    v,
-    cotangent,
-    per_query,
-    to_q,
-    q_tile,
-    cotangent_tile,
-    k_tiles,
-    v_tiles,
-    own_ready,
-    ready,
-    free,
-    *,
-    static: Static,
-):
-    at, tiles = Place.here(bounds, repeat=1, last_first=True), static.tiles
-    groups = tiles.outer // ROWS
+class _RefsQ(NamedTuple):
+    """Operands, result, shared memory and barriers, in the kernel's order."""
 
-    @pl.when(at.group == groups)
-    def _copies():
-        parts.set_registers(groups, copies=True)
-        for i in range(groups):
-            own = at.batch, pl.ds(at.tile * tiles.outer + i * ROWS, ROWS), at.head
-            plgpu.copy_gmem_to_smem(q.at[own], q_tile.at[i], own_ready)
-            plgpu.copy_gmem_to_smem(cotangent.at[own], cotangent_tile.at[i], own_ready)
+    inner: Any
+    bounds: Any
+    q_tokens: Any
+    kv_tokens: Any
+    q: Any
+    k: Any
+    v: Any
+    cotangent: Any
+    per_query: Any
+    to_q: Any
+    q_tile: Any
+    cotangent_tile: Any
+    k_tiles: Any
+    v_tiles: Any
+    own_ready: Any
+    ready: Any
+    free: Any
 
-        def copy(step, slot):
-            source = at.batch, at.inner_rows(inner, step, tiles.inner), at.key_head(static.group)
-            plgpu.copy_gmem_to_smem(k.at[source], k_tiles.at[slot], ready.at[slot])
-            plgpu.copy_gmem_to_smem(v.at[source], v_tiles.at[slot], ready.at[slot])
 
-        at.copy_each(tiles.slots, (free, copy))
+def _kernel_q(*arguments: Any, static: Static) -> None:
+    refs = _RefsQ(*arguments)
+    at, groups = Place.here(refs.bounds, repeat=1, last_first=True), static.tiles.outer // ROWS
+    pl.when(at.group == groups)(functools.partial(_copy_q, refs, at, static))
+    pl.when(at.group < groups)(functools.partial(_compute_q, refs, at, static))
 
-    @pl.when(at.group < groups)
-    def _computes():
-        parts.set_registers(groups, copies=False)
-        own = pl.ds(at.tile * tiles.outer + at.group * ROWS, ROWS)
-        own_tokens = parts.tokens(q_tokens, at.batch, own, parts.BY_ROW)
-        log_sum_exp, subtracted = (
-            parts.load(per_query.at[at.batch, at.head, i, own], parts.BY_ROW) for i in (0, 1)
+
+def _copy_q(refs: _RefsQ, at: Place, static: Static) -> None:
+    tiles, groups = static.tiles, static.tiles.outer // ROWS
+    parts.set_registers(groups, copies=True)
+    for i in range(groups):
+        own = at.batch, pl.ds(at.tile * tiles.outer + i * ROWS, ROWS), at.head
+        plgpu.copy_gmem_to_smem(refs.q.at[own], refs.q_tile.at[i], refs.own_ready)
+        plgpu.copy_gmem_to_smem(refs.cotangent.at[own], refs.cotangent_tile.at[i], refs.own_ready)
+
+    def copy(step, slot):
+        source = at.batch, at.inner_rows(refs.inner, step, tiles.inner), at.key_head(static.group)
+        plgpu.copy_gmem_to_smem(refs.k.at[source], refs.k_tiles.at[slot], refs.ready.at[slot])
+        plgpu.copy_gmem_to_smem(refs.v.at[source], refs.v_tiles.at[slot], refs.ready.at[slot])
+
+    at.copy_each(tiles.slots, (refs.free, copy))
+
+
+def _compute_q(refs: _RefsQ, at: Place, static: Static) -> None:
+    tiles, groups = static.tiles, static.tiles.outer // ROWS
+    parts.set_registers(groups, copies=False)
+    own = pl.ds(at.tile * tiles.outer + at.group * ROWS, ROWS)
+    own_tokens = parts.tokens(refs.q_tokens, at.batch, own, parts.BY_ROW)
+    log_sum_exp, subtracted = (
+        parts.load(refs.per_query.at[at.batch, at.head, i, own], parts.BY_ROW) for i in (0, 1)
+    )
+    plgpu.barrier_wait(refs.own_ready)
+
+    def visit(step, total, *, masked: bool):
+        slot = parts.slot_of(step, tiles.slots)
+        plgpu.barrier_wait(refs.ready.at[slot])
+        group = parts.anew(at.group)
+        products, by_weights = parts.products_nt(
+            ([refs.q_tile.at[group]], [refs.k_tiles.at[slot]]),
+            ([refs.cotangent_tile.at[group]], [refs.v_tiles.at[slot]]),
         )
-        plgpu.barrier_wait(own_ready)
-
-        def visit(step, total, *, masked: bool):
-            slot = parts.slot_of(step, tiles.slots)
-            plgpu.barrier_wait(ready.at[slot])
-            group = parts.anew(at.group)
-            products, by_weights = parts.products_nt(
-                ([q_tile.at[group]], [k_tiles.at[slot]]),
-                ([cotangent_tile.at[group]], [v_tiles.at[slot]]),
+        scores = parts.scores(static, products)
+        weights = jnp.exp2(scores - parts.along_rows(log_sum_exp, scores.shape))
+        if masked:
+            rows = at.inner_rows(refs.inner, step, tiles.inner)
+            tokens = parts.tokens(refs.kv_tokens, at.batch, rows, parts.BY_COLUMN)
+            visible = parts.visible(
+                static.rule, own_tokens, tokens, scores.shape, rows_are_queries=True
             )
-            scores = parts.scores(static, products)
-            weights = jnp.exp2(scores - parts.along_rows(log_sum_exp, scores.shape))
-            if masked:
-                rows = at.inner_rows(inner, step, tiles.inner)
-                tokens = parts.tokens(kv_tokens, at.batch, rows, parts.BY_COLUMN)
-                visible = parts.visible(
-                    static.rule, own_tokens, tokens, scores.shape, rows_are_queries=True
-                )
-                weights = jnp.where(visible, weights, 0.0)
-            slopes = parts.slopes(static, weights, scores)
-            by_products = slopes * (by_weights - parts.along_rows(subtracted, scores.shape))
-            total = parts.plus_product(total, by_products.astype(k.dtype), k_tiles.at[slot])
-            plgpu.barrier_arrive(free.at[slot])
-            return total
+            weights = jnp.where(visible, weights, 0.0)
+        slopes = parts.slopes(static, weights, scores)
+        by_products = slopes * (by_weights - parts.along_rows(subtracted, scores.shape))
+        total = parts.plus_product(total, by_products.astype(refs.k.dtype), refs.k_tiles.at[slot])
+        plgpu.barrier_arrive(refs.free.at[slot])
+        return total
 
-        total = at.for_each(visit, parts.filled((ROWS, q.shape[3]), 0.0, plgpu.Layout.WGMMA))
-        q_tile[at.group] = (total * static.scale).astype(to_q.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_tile.at[at.group], to_q.at[at.batch, own, at.head])
-        plgpu.wait_smem_to_gmem(0)
+    total = at.for_each(visit, parts.filled((ROWS, refs.q.shape[3]), 0.0, plgpu.Layout.WGMMA))
+    refs.q_tile[at.group] = (total * static.scale).astype(refs.to_q.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(refs.q_tile.at[at.group], refs.to_q.at[at.batch, own, at.head])
+    plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel_kv(
-    inner,
-    bounds,
-    q_tokens,
-    kv_tokens,
-    q,
-    k,
-    v,
-    cotangent,
-    per_query,
-    to_k,
-    to_v,
-    k_tile,
-    v_tile,
-    q_tiles,
-    cotangent_tiles,
-    per_query_tiles,
-    own_ready,
-    ready,
-    free,
-    done,
-    *,
-    static: Static,
-):
+class _RefsKV(NamedTuple):
+    """Operands, results, shared memory and barriers, in the kernel's order."""
+
+    inner: Any
+    bounds: Any
+    q_tokens: Any
+    kv_tokens: Any
+    q: Any
+    k: Any
+    v: Any
+    cotangent: Any
+    per_query: Any
+    to_k: Any
+    to_v: Any
+    k_tile: Any
+    v_tile: Any
+    q_tiles: Any
+    cotangent_tiles: Any
+    per_query_tiles: Any
+    own_ready: Any
+    ready: Any
+    free: Any
+    done: Any
+
+
+def _kernel_kv(*arguments: Any, static: Static) -> None:
     """Keys are rows, queries columns; heads of a group one after the other at each pair.
 
     Where a head is wider than a part, two warpgroups have the same rows: both compute the scores,
     and each accumulates the gradients of its part of the columns.
     """
-    at, tiles = Place.here(bounds, repeat=static.group, last_first=False), static.tiles
-    groups, pieces, _, part = k_tile.shape
+    refs = _RefsKV(*arguments)
+    at = Place.here(refs.bounds, repeat=static.group, last_first=False)
+    groups, pieces = refs.k_tile.shape[:2]
+    pl.when(at.group == groups * pieces)(functools.partial(_copy_kv, refs, at, static))
+    pl.when(at.group < groups * pieces)(functools.partial(_compute_kv, refs, at, static))
 
-    @pl.when(at.group == groups * pieces)
-    def _copies():
-        parts.set_registers(groups * pieces, copies=True)
-        for i in range(groups):
-            rows = pl.ds(at.tile * tiles.outer + i * ROWS, ROWS)
-            for j in range(pieces):
-                own = at.batch, rows, at.head, pl.ds(j * part, part)
-                plgpu.copy_gmem_to_smem(k.at[own], k_tile.at[i, j], own_ready)
-                plgpu.copy_gmem_to_smem(v.at[own], v_tile.at[i, j], own_ready)
 
-        def copy(step, slot):
-            rows, head = at.inner_rows(inner, step, tiles.inner), at.inner_head(step)
-            to = ready.at[slot]
-            for j in range(pieces):
-                source = at.batch, rows, head, pl.ds(j * part, part)
-                plgpu.copy_gmem_to_smem(q.at[source], q_tiles.at[slot, j], to)
-                plgpu.copy_gmem_to_smem(cotangent.at[source], cotangent_tiles.at[slot, j], to)
-            for i in (0, 1):
-                source = at.batch, head, i, rows
-                plgpu.copy_gmem_to_smem(per_query.at[source], per_query_tiles.at[slot, i], to)
+def _copy_kv(refs: _RefsKV, at: Place, static: Static) -> None:
+    tiles, (groups, pieces, _, part) = static.tiles, refs.k_tile.shape
+    parts.set_registers(groups * pieces, copies=True)
+    for i in range(groups):
+        rows = pl.ds(at.tile * tiles.outer + i * ROWS, ROWS)
+        for j in range(pieces):
+            own = at.batch, rows, at.head, pl.ds(j * part, part)
+            plgpu.copy_gmem_to_smem(refs.k.at[own], refs.k_tile.at[i, j], refs.own_ready)
+            plgpu.copy_gmem_to_smem(refs.v.at[own], refs.v_tile.at[i, j], refs.own_ready)
 
-        at.copy_each(tiles.slots, (free, copy))
+    def copy(step, slot):
+        rows, head = at.inner_rows(refs.inner, step, tiles.inner), at.inner_head(step)
+        to = refs.ready.at[slot]
+        for j in range(pieces):
+            source = at.batch, rows, head, pl.ds(j * part, part)
+            plgpu.copy_gmem_to_smem(refs.q.at[source], refs.q_tiles.at[slot, j], to)
+            plgpu.copy_gmem_to_smem(refs.cotangent.at[source], refs.cotangent_tiles.at[slot, j], to)
+        for i in (0, 1):
+            source = at.batch, head, i, rows
+            plgpu.copy_gmem_to_smem(refs.per_query.at[source], refs.per_query_tiles.at[slot, i], to)
 
-    @pl.when(at.group < groups * pieces)
-    def _computes():
-        parts.set_registers(groups * pieces, copies=False)
-        own_rows = lax.div(at.group, jnp.int32(pieces))
-        own_part = lax.rem(at.group, jnp.int32(pieces))
-        rows = pl.ds(at.tile * tiles.outer + own_rows * ROWS, ROWS)
-        own_tokens = parts.tokens(kv_tokens, at.batch, rows, parts.BY_ROW)
-        plgpu.barrier_wait(own_ready)
+    at.copy_each(tiles.slots, (refs.free, copy))
 
-        def visit(step, totals, *, masked: bool):
-            slot = parts.slot_of(step, tiles.slots)
-            plgpu.barrier_wait(ready.at[slot])
 
-            def visible(shape):
-                columns = at.inner_rows(inner, step, tiles.inner)
-                tokens = parts.tokens(q_tokens, at.batch, columns, parts.BY_COLUMN)
-                return parts.visible(static.rule, tokens, own_tokens, shape, rows_are_queries=False)
+def _compute_kv(refs: _RefsKV, at: Place, static: Static) -> None:
+    tiles, (groups, pieces, _, part) = static.tiles, refs.k_tile.shape
+    parts.set_registers(groups * pieces, copies=False)
+    own_rows = lax.div(at.group, jnp.int32(pieces))
+    own_part = lax.rem(at.group, jnp.int32(pieces))
+    rows = pl.ds(at.tile * tiles.outer + own_rows * ROWS, ROWS)
+    own_tokens = parts.tokens(refs.kv_tokens, at.batch, rows, parts.BY_ROW)
+    plgpu.barrier_wait(refs.own_ready)
 
-            held = parts.anew(own_rows)
-            totals = _plus_gradients(
-                static,
-                totals,
-                k=[k_tile.at[held, j] for j in range(pieces)],
-                v=[v_tile.at[held, j] for j in range(pieces)],
-                q=[q_tiles.at[slot, j] for j in range(pieces)],
-                cotangent=[cotangent_tiles.at[slot, j] for j in range(pieces)],
-                q_part=q_tiles.at[slot, own_part],
-                cotangent_part=cotangent_tiles.at[slot, own_part],
-                per_query=per_query_tiles.at[slot],
-                visible=visible if masked else None,
-            )
-            # Copies go by another way to memory than the loads of statistics; these end first.
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(free.at[slot])
-            return totals
+    def visit(step, totals, *, masked: bool):
+        slot = parts.slot_of(step, tiles.slots)
+        plgpu.barrier_wait(refs.ready.at[slot])
 
-        zeros = parts.filled((ROWS, part), 0.0, plgpu.Layout.WGMMA)
-        by_k, by_v = at.for_each(visit, (zeros, zeros))
-        # Another warpgroup may still read these rows.
-        plgpu.barrier_arrive(done)
-        plgpu.barrier_wait(done)
-        k_tile[own_rows, own_part] = (by_k * static.scale).astype(to_k.dtype)
-        v_tile[own_rows, own_part] = by_v.astype(to_v.dtype)
+        def visible(shape):
+            columns = at.inner_rows(refs.inner, step, tiles.inner)
+            tokens = parts.tokens(refs.q_tokens, at.batch, columns, parts.BY_COLUMN)
+            return parts.visible(static.rule, tokens, own_tokens, shape, rows_are_queries=False)
+
+        held = parts.anew(own_rows)
+        totals = _plus_gradients(
+            static,
+            totals,
+            k=[refs.k_tile.at[held, j] for j in range(pieces)],
+            v=[refs.v_tile.at[held, j] for j in range(pieces)],
+            q=[refs.q_tiles.at[slot, j] for j in range(pieces)],
+            cotangent=[refs.cotangent_tiles.at[slot, j] for j in range(pieces)],
+            q_part=refs.q_tiles.at[slot, own_part],
+            cotangent_part=refs.cotangent_tiles.at[slot, own_part],
+            per_query=refs.per_query_tiles.at[slot],
+            visible=visible if masked else None,
+        )
+        # Copies go by another way to memory than the loads of statistics; these end first.
         plgpu.commit_smem()
-        to = at.batch, rows, at.head, pl.ds(own_part * part, part)
-        plgpu.copy_smem_to_gmem(k_tile.at[own_rows, own_part], to_k.at[to])
-        plgpu.copy_smem_to_gmem(v_tile.at[own_rows, own_part], to_v.at[to])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_arrive(refs.free.at[slot])
+        return totals
+
+    zeros = parts.filled((ROWS, part), 0.0, plgpu.Layout.WGMMA)
+    by_k, by_v = at.for_each(visit, (zeros, zeros))
+    # Another warpgroup may still read these rows.
+    plgpu.barrier_arrive(refs.done)
+    plgpu.barrier_wait(refs.done)
+    refs.k_tile[own_rows, own_part] = (by_k * static.scale).astype(refs.to_k.dtype)
+    refs.v_tile[own_rows, own_part] = by_v.astype(refs.to_v.dtype)
+    plgpu.commit_smem()
+    to = at.batch, rows, at.head, pl.ds(own_part * part, part)
+    plgpu.copy_smem_to_gmem(refs.k_tile.at[own_rows, own_part], refs.to_k.at[to])
+    plgpu.copy_smem_to_gmem(refs.v_tile.at[own_rows, own_part], refs.to_v.at[to])
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _plus_gradients(

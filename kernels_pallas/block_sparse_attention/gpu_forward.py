@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,89 +45,97 @@ def forward(static: Static, sides: Sides) -> tuple[Float[Array, "B T H E"], Floa
     return run(*sides)
 
 
-def _kernel(
-    inner,
-    bounds,
-    q_tokens,
-    kv_tokens,
-    q,
-    k,
-    v,
-    out,
-    log_sum_exp,
-    q_tile,
-    k_tiles,
-    v_tiles,
-    log_sum_exp_tile,
-    q_ready,
-    k_ready,
-    v_ready,
-    k_free,
-    v_free,
-    *,
-    static: Static,
-):
-    at, tiles = Place.here(bounds, repeat=1, last_first=True), static.tiles
-    groups = tiles.outer // ROWS
+class _Refs(NamedTuple):
+    """Operands, results, shared memory and barriers, in the kernel's order."""
 
-    @pl.when(at.group == groups)
-    def _copies():
-        parts.set_registers(groups, copies=True)
-        for i in range(groups):
-            rows = pl.ds(at.tile * tiles.outer + i * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(q.at[at.batch, rows, at.head], q_tile.at[i], q_ready)
+    inner: Any
+    bounds: Any
+    q_tokens: Any
+    kv_tokens: Any
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    log_sum_exp: Any
+    q_tile: Any
+    k_tiles: Any
+    v_tiles: Any
+    log_sum_exp_tile: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
 
-        def copy(step, slot, of, to, ready):
-            source = at.batch, at.inner_rows(inner, step, tiles.inner), at.key_head(static.group)
-            plgpu.copy_gmem_to_smem(of.at[source], to.at[slot], ready.at[slot])
 
-        at.copy_each(
-            tiles.slots,
-            (k_free, functools.partial(copy, of=k, to=k_tiles, ready=k_ready)),
-            (v_free, functools.partial(copy, of=v, to=v_tiles, ready=v_ready)),
+def _kernel(*arguments: Any, static: Static) -> None:
+    refs = _Refs(*arguments)
+    at, groups = Place.here(refs.bounds, repeat=1, last_first=True), static.tiles.outer // ROWS
+    pl.when(at.group == groups)(functools.partial(_copy, refs, at, static))
+    pl.when(at.group < groups)(functools.partial(_compute, refs, at, static))
+
+
+def _copy(refs: _Refs, at: Place, static: Static) -> None:
+    tiles, groups = static.tiles, static.tiles.outer // ROWS
+    parts.set_registers(groups, copies=True)
+    for i in range(groups):
+        rows = pl.ds(at.tile * tiles.outer + i * ROWS, ROWS)
+        plgpu.copy_gmem_to_smem(refs.q.at[at.batch, rows, at.head], refs.q_tile.at[i], refs.q_ready)
+
+    def copy(step, slot, of, to, ready):
+        source = at.batch, at.inner_rows(refs.inner, step, tiles.inner), at.key_head(static.group)
+        plgpu.copy_gmem_to_smem(of.at[source], to.at[slot], ready.at[slot])
+
+    at.copy_each(
+        tiles.slots,
+        (refs.k_free, functools.partial(copy, of=refs.k, to=refs.k_tiles, ready=refs.k_ready)),
+        (refs.v_free, functools.partial(copy, of=refs.v, to=refs.v_tiles, ready=refs.v_ready)),
+    )
+
+
+def _compute(refs: _Refs, at: Place, static: Static) -> None:
+    tiles, groups = static.tiles, static.tiles.outer // ROWS
+    parts.set_registers(groups, copies=False)
+    own = pl.ds(at.tile * tiles.outer + at.group * ROWS, ROWS)
+    own_tokens = parts.tokens(refs.q_tokens, at.batch, own, parts.BY_ROW)
+    own_tile = refs.q_tile.at[at.group]
+    plgpu.barrier_wait(refs.q_ready)
+
+    def visit(step, running, *, masked: bool):
+        slot = parts.slot_of(step, tiles.slots)
+        plgpu.barrier_wait(refs.k_ready.at[slot])
+        (products,) = parts.products_nt(([own_tile], [refs.k_tiles.at[slot]]))
+        plgpu.barrier_arrive(refs.k_free.at[slot])
+        scores = parts.scores(static, products)
+        if masked:
+            rows = at.inner_rows(refs.inner, step, tiles.inner)
+            tokens = parts.tokens(refs.kv_tokens, at.batch, rows, parts.BY_COLUMN)
+            visible = parts.visible(
+                static.rule, own_tokens, tokens, scores.shape, rows_are_queries=True
+            )
+            scores = jnp.where(visible, scores, parts.NEVER)
+        (accumulated, *statistics), weights = _make_room(running, scores)
+        plgpu.barrier_wait(refs.v_ready.at[slot])
+        accumulated = parts.plus_product(
+            accumulated, weights.astype(refs.v.dtype), refs.v_tiles.at[slot]
         )
+        plgpu.barrier_arrive(refs.v_free.at[slot])
+        return accumulated, *statistics
 
-    @pl.when(at.group < groups)
-    def _computes():
-        parts.set_registers(groups, copies=False)
-        own = pl.ds(at.tile * tiles.outer + at.group * ROWS, ROWS)
-        own_tokens = parts.tokens(q_tokens, at.batch, own, parts.BY_ROW)
-        own_tile = q_tile.at[at.group]
-        plgpu.barrier_wait(q_ready)
-
-        def visit(step, running, *, masked: bool):
-            slot = parts.slot_of(step, tiles.slots)
-            plgpu.barrier_wait(k_ready.at[slot])
-            (products,) = parts.products_nt(([own_tile], [k_tiles.at[slot]]))
-            plgpu.barrier_arrive(k_free.at[slot])
-            scores = parts.scores(static, products)
-            if masked:
-                rows = at.inner_rows(inner, step, tiles.inner)
-                tokens = parts.tokens(kv_tokens, at.batch, rows, parts.BY_COLUMN)
-                visible = parts.visible(
-                    static.rule, own_tokens, tokens, scores.shape, rows_are_queries=True
-                )
-                scores = jnp.where(visible, scores, parts.NEVER)
-            (accumulated, *statistics), weights = _make_room(running, scores)
-            plgpu.barrier_wait(v_ready.at[slot])
-            accumulated = parts.plus_product(accumulated, weights.astype(v.dtype), v_tiles.at[slot])
-            plgpu.barrier_arrive(v_free.at[slot])
-            return accumulated, *statistics
-
-        running = (
-            parts.filled((ROWS, q.shape[3]), 0.0, plgpu.Layout.WGMMA),
-            parts.filled((ROWS,), NOTHING, parts.BY_ROW),
-            parts.filled((ROWS,), 0.0, parts.BY_ROW),
-        )
-        own_tile[...], log_sum_exp_tile.at[at.group][...] = _results(
-            at.for_each(visit, running), out.dtype
-        )
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(own_tile, out.at[at.batch, own, at.head])
-        plgpu.copy_smem_to_gmem(
-            log_sum_exp_tile.at[at.group], log_sum_exp.at[at.batch, at.head, own]
-        )
-        plgpu.wait_smem_to_gmem(0)
+    running = (
+        parts.filled((ROWS, refs.q.shape[3]), 0.0, plgpu.Layout.WGMMA),
+        parts.filled((ROWS,), NOTHING, parts.BY_ROW),
+        parts.filled((ROWS,), 0.0, parts.BY_ROW),
+    )
+    own_tile[...], refs.log_sum_exp_tile.at[at.group][...] = _results(
+        at.for_each(visit, running), refs.out.dtype
+    )
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(own_tile, refs.out.at[at.batch, own, at.head])
+    plgpu.copy_smem_to_gmem(
+        refs.log_sum_exp_tile.at[at.group], refs.log_sum_exp.at[at.batch, at.head, own]
+    )
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _make_room(running: Any, scores: Array) -> tuple[tuple[Array, Array, Array], Array]:
