@@ -96,7 +96,9 @@ def of_selected(
     ids = jnp.where((selected < 0) | (selected >= slots // chosen), nowhere, selected)
     if chosen > unit:
         parts = jnp.arange(chosen // unit, dtype=jnp.int32)[None, None, None]
-        ids = jnp.where(ids[..., None] == nowhere, nowhere, ids[..., None] * (chosen // unit) + parts)
+        ids = jnp.where(
+            ids[..., None] == nowhere, nowhere, ids[..., None] * (chosen // unit) + parts
+        )
         ids = ids.reshape(*ids.shape[:2], -1)
     ids = jnp.sort(ids, axis=2)
     together = max(1, unit // chosen)  # 2 tokens that share words

@@ -103,7 +103,8 @@ def supports_scores(
     if reason is not None:
         return reason
     slots = shown.shape[2]
-    if _score_bytes(_static(q, k, slots, None, 1.0, None, config), q, slots) > _SCORE_BYTES:
+    static = _score_static(q, k, slots, 1.0, None, config)
+    if _score_bytes(static, q, slots) > _SCORE_BYTES:
         return f"the scores of {slots} slots do not fit the memory of a core"
     return None
 
@@ -172,7 +173,9 @@ def decode_attention(
     else:
         out, log_sum_exp = merge_partial(out, log_sum_exp)
         # Merging parts that see nothing is not exactly nothing.
-        log_sum_exp = jnp.maximum(jnp.where(log_sum_exp < NOTHING / 2, NOTHING, log_sum_exp), NOTHING)
+        log_sum_exp = jnp.maximum(
+            jnp.where(log_sum_exp < NOTHING / 2, NOTHING, log_sum_exp), NOTHING
+        )
     return out.astype(q.dtype), log_sum_exp
 
 
@@ -191,16 +194,29 @@ def token_scores(
     Keys are read once; the scores of a group of heads stay in VMEM until their sums are known.
     """
     slots, page = shown.shape[2], k.shape[2]
-    static = _static(q, k, slots, None, scale, softcap, config)
-    while static.heads > 1 and _score_bytes(static, q, slots) > _SCORE_BYTES:
-        smaller = next(n for n in range(static.heads - 1, 0, -1) if static.heads % n == 0)
-        static = static._replace(heads=smaller)
+    static = _score_static(q, k, slots, scale, softcap, config)
     plan = plans.of_slots(
         shown, pages, page=page, unit=static.unit, block=static.block, split=1, in_order=True
     )
     votes = _vote(static, plan, _queries(q, k.shape[1]), k)
     votes = votes.transpose(0, 1, 3, 2, 4).reshape(q.shape[0], k.shape[1], -1)[..., :slots]
     return jnp.where(jnp.any(shown, axis=1)[:, None], votes, NOTHING)
+
+
+def _score_static(
+    q: Array,
+    k: Array,
+    slots: int,
+    scale: float,
+    softcap: float | None,
+    config: DecodeAttentionConfig,
+) -> _Static:
+    """With so few heads in a group that their scores fit, if any do."""
+    static = _static(q, k, slots, None, scale, softcap, config)
+    while static.heads > 1 and _score_bytes(static, q, slots) > _SCORE_BYTES:
+        smaller = next(n for n in range(static.heads - 1, 0, -1) if static.heads % n == 0)
+        static = static._replace(heads=smaller)
+    return static
 
 
 def _score_bytes(static: _Static, q: Array, slots: int) -> int:
@@ -456,9 +472,7 @@ def _run_votes(static: _Static, plan: Plan, q, k):
             grid=(batch, groups),
             in_specs=[
                 *_lists(plan),
-                pl.BlockSpec(
-                    (None, static.heads, rows, q.shape[3]), lambda b, g, *_: (b, g, 0, 0)
-                ),
+                pl.BlockSpec((None, static.heads, rows, q.shape[3]), lambda b, g, *_: (b, g, 0, 0)),
                 *([_ANYWHERE] * 2),
             ],
             out_specs=pl.BlockSpec(
@@ -477,9 +491,7 @@ def _run_votes(static: _Static, plan: Plan, q, k):
     )(plan.blocks, plan.units, plan.whole, q, plan.bits, k)
 
 
-def _vote_kernel(
-    blocks, units, whole, q, bits, k, votes, scores, keys, seen, *scratch, static
-):
+def _vote_kernel(blocks, units, whole, q, bits, k, votes, scores, keys, seen, *scratch, static):
     del whole  # scores of unseen slots are replaced, whatever their keys are
     stream = _Stream(static, blocks, units, bits, (k,), (keys,), seen, scratch)
 
@@ -518,9 +530,7 @@ def _scores(static: _Static, q, keys, seen):
     shape = scores.shape[1:]
     row = lax.broadcasted_iota(jnp.int32, shape, 0)
     # Of a row; no query is called after the last, for the rows that fill up a tile.
-    query = sum(
-        (row >= (t + 1) * static.group).astype(jnp.int32) for t in range(static.queries)
-    )
+    query = sum((row >= (t + 1) * static.group).astype(jnp.int32) for t in range(static.queries))
     bit = lax.shift_right_logical(jnp.broadcast_to(seen, shape), query) & 1
     return jnp.where((bit != 0)[None], scores, _NEVER)
 
