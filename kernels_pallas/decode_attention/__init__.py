@@ -76,8 +76,8 @@ def decode_attention(
             the number of the slot.
         kv_segments: segments of the slots ``[B, S]``, 0 for an empty one; ``None`` is 1.
         lengths: filled slots of each row ``[B]``, the first ones; ``None`` is all.
-        pages: for each row its pages in order ``[B, N]``, -1 for none; then ``S = N · Y``. Rows
-            may share pages.
+        pages: for each row its pages in order ``[B, N]``, -1 (or what is no page) for none; then
+            ``S = N · Y``. Rows may share pages.
         mask: what the rule shows and yet is not seen is false here, ``[B, T, S]``: the branches
             of a tree of drafts.
         selected: units of slots to read ``[B, K, M]``, or ``[B, 1, M]`` for all heads alike, in
@@ -196,7 +196,7 @@ def partial_decode_attention(
         shown=_shown(
             q, k, q_positions, q_segments, kv_positions, kv_segments, lengths, pages, mask, rule
         ),
-        pages=None if pages is None else pages.astype(jnp.int32),
+        pages=_pages(k, pages),
         selected=None if selected is None else selected.astype(jnp.int32),
         unit=unit,
         scale=scale,
@@ -271,7 +271,7 @@ def token_scores(
         shown=_shown(
             q, k, q_positions, q_segments, kv_positions, kv_segments, lengths, pages, mask, rule
         ),
-        pages=None if pages is None else pages.astype(jnp.int32),
+        pages=_pages(k, pages),
         scale=scale,
         softcap=softcap,
         config=config or DecodeAttentionConfig(),
@@ -312,12 +312,19 @@ def _shown(
     if lengths is not None:
         filled &= number < lengths[:, None]
     if pages is not None:
-        filled &= jnp.repeat(pages >= 0, page, axis=1)
+        filled &= jnp.repeat((pages >= 0) & (pages < k.shape[0]), page, axis=1)
     sees = (rule or Causal())(
         q_positions[:, :, None], positions[:, None], own[:, :, None], segments[:, None]
     )
     sees &= filled[:, None]
     return sees if mask is None else sees & mask
+
+
+def _pages(k: Float[Array, "P K Y E"], pages: Int[Array, "B N"] | None) -> Int[Array, "B N"] | None:
+    """-1 for what is no page."""
+    if pages is None:
+        return None
+    return jnp.where(pages < k.shape[0], pages, -1).astype(jnp.int32)
 
 
 __all__ = [

@@ -334,7 +334,9 @@ class _Stream:
 
             return started + (unit >= 0).astype(jnp.int32)
 
-        self.started[buffer] = lax.fori_loop(0, per_block, send, jnp.int32(0))
+        self.started[buffer] = lax.fori_loop(
+            0, per_block, send, jnp.int32(0), unroll=math.gcd(per_block, 4)
+        )
         self._copy_of_bits(which, block, buffer).start()
 
     def _copies(self, buffer, group, unit, index):
@@ -377,10 +379,9 @@ def _lists(plan: Plan) -> list[pl.BlockSpec]:
 def _options(static: _Static) -> dict[str, Any]:
     # Copies pass from one list of a row to the next.
     semantics = ("parallel", "arbitrary")
-    return {
-        "interpret": static.interpret,
-        "compiler_params": pltpu.CompilerParams(dimension_semantics=semantics),
-    }
+    # Plans name no place outside the pool; checking each copy again takes longer than starting it.
+    parameters = pltpu.CompilerParams(dimension_semantics=semantics, disable_bounds_checks=True)
+    return {"interpret": static.interpret, "compiler_params": parameters}
 
 
 # Attention.

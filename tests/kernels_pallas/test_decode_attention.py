@@ -244,7 +244,7 @@ def test_what_contradicts_itself_is_said(unchecked):
         "differ in shape": {"v": arrays["v"][:, :, :8]},
         "2 rows of keys for 3 rows of queries": {"k": arrays["k"][:2], "v": arrays["v"][:2]},
         "selected has 3 lists a row; give 1, or 2": {"selected": jnp.zeros((3, 3, 5), int)},
-        r"kv_positions is \(3, 47\) for 3 rows of 48 slots": {"kv_positions": jnp.zeros((3, 47), int)},
+        r"positions is \(3, 47\) for 3 rows of 48 slots": {"kv_positions": jnp.zeros((3, 47), int)},
         r"mask is \(3, 1, 48\) for \(3, 2\) queries": {"mask": jnp.ones((3, 1, 48), bool)},
         "unit is 0": {"unit": 0},
     }  # fmt: skip
