@@ -195,9 +195,8 @@ def token_scores(
     """
     slots, page = shown.shape[2], k.shape[2]
     static = _score_static(q, k, slots, scale, softcap, config)
-    plan = plans.of_slots(
-        shown, pages, page=page, unit=static.unit, block=static.block, split=1, in_order=True
-    )
+    sizes = {"page": page, "unit": static.unit, "block": static.block, "split": 1}
+    plan = plans.of_slots(shown, pages, **sizes)
     votes = _vote(static, plan, _queries(q, k.shape[1]), k)
     votes = votes.transpose(0, 1, 3, 2, 4).reshape(q.shape[0], k.shape[1], -1)[..., :slots]
     return jnp.where(jnp.any(shown, axis=1)[:, None], votes, NOTHING)
@@ -279,12 +278,13 @@ _vote.defjvp(_refuse)
 class _Stream:
     """Blocks of a row's lists on their way into two buffers, one block ahead."""
 
-    def __init__(self, static: _Static, blocks, units, bits, pools, buffers, seen, scratch):
+    def __init__(self, static: _Static, split, lists, bits, pools, buffers, seen, scratch):
         self.static = static
-        self.blocks, self.units, self.bits = blocks, units, bits
+        self.counts, self.order, self.units, self.bits = *lists, bits
         self.pools, self.buffers, self.seen = pools, buffers, seen
         self.started, self.turn, self.arrived = scratch
-        self.row, self.group = pl.program_id(0), pl.program_id(1)
+        self.part, self.group = pl.program_id(0), pl.program_id(1)
+        self.row = lax.div(self.part, split)
 
         @pl.when(self.group == 0)
         def _():
@@ -298,17 +298,21 @@ class _Stream:
     @property
     def count(self):
         """Blocks of this program."""
-        return self.blocks[self.row, self.list_of(self.group)]
+        return self.counts[self.part, self.list_of(self.group)]
 
-    def next(self, block):
-        """Waits for a block, sends for the one after it; returns the block's buffer."""
+    def number(self, index):
+        """Number of the program's block ``index`` in its list."""
+        return self.order[0, self.list_of(self.group), index]
+
+    def next(self, index):
+        """Waits for block ``index``, sends for the one after it; returns the block's buffer."""
         buffer = self.turn[0]
-        ends = block + 1 == self.count
+        ends = index + 1 == self.count
         group = self.group + ends.astype(jnp.int32)
 
         @pl.when(group < pl.num_programs(1))
         def _():
-            self._start(group, jnp.where(ends, 0, block + 1), 1 - buffer)
+            self._start(group, jnp.where(ends, 0, index + 1), 1 - buffer)
 
         def wait(_, carry):
             for copy in self._copies(buffer, 0, 0, 0):
@@ -320,9 +324,10 @@ class _Stream:
         self.turn[0] = 1 - buffer
         return buffer
 
-    def _start(self, group, block, buffer):
+    def _start(self, group, index, buffer):
         per_block = self.static.per_block
         which = self.list_of(group)
+        block = self.order[0, which, index]
 
         def send(index, started):
             unit = self.units[0, which, block * per_block + index]
@@ -368,11 +373,13 @@ def _buffers(static: _Static, pools: list[Array]) -> list[Any]:
     ]
 
 
-def _lists(plan: Plan) -> list[pl.BlockSpec]:
-    """Of units and of what is whole: scalars of a row."""
+def _lists(plan: Plan, split: int) -> list[pl.BlockSpec]:
+    """Of a part's order, and of a row's units and what is whole: scalars."""
     return [
-        pl.BlockSpec((1, *x.shape[1:]), lambda b, g, *_: (b, 0, 0), memory_space=pltpu.SMEM)
-        for x in (plan.units, plan.whole)
+        pl.BlockSpec(
+            (1, *x.shape[1:]), lambda b, g, *_, n=n: (b // n, 0, 0), memory_space=pltpu.SMEM
+        )
+        for x, n in ((plan.order, 1), (plan.units, split), (plan.whole, split))
     ]
 
 
@@ -388,16 +395,16 @@ def _options(static: _Static) -> dict[str, Any]:
 
 
 def _run_attention(static: _Static, split: int, plan: Plan, q, k, v):
-    parts, groups, rows = plan.units.shape[0], k.shape[1] // static.heads, q.shape[2]
+    parts, groups, rows = plan.count.shape[0], k.shape[1] // static.heads, q.shape[2]
     per_group = (None, static.heads, rows)
     shape = (parts, k.shape[1], rows)
     return pl.pallas_call(
-        functools.partial(_attention_kernel, static=static),
+        functools.partial(_attention_kernel, static=static, split=split),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(parts, groups),
             in_specs=[
-                *_lists(plan),
+                *_lists(plan, split),
                 pl.BlockSpec((*per_group, q.shape[3]), lambda b, g, *_: (b // split, g, 0, 0)),
                 *([_ANYWHERE] * 3),
             ],
@@ -412,20 +419,22 @@ def _run_attention(static: _Static, split: int, plan: Plan, q, k, v):
         ],
         name="decode_attention",
         **_options(static),
-    )(plan.blocks, plan.units, plan.whole, q, plan.bits, k, v)
+    )(plan.count, plan.order, plan.units, plan.whole, q, plan.bits, k, v)
 
 
 def _attention_kernel(
-    blocks, units, whole, q, bits, k, v, out, log_sum_exp, keys, values, seen, *scratch, static
-):
-    stream = _Stream(static, blocks, units, bits, (k, v), (keys, values), seen, scratch)
+    count, order, units, whole, q, bits, k, v, out, log_sum_exp, keys, values, seen, *scratch,
+    static, split,
+):  # fmt: skip
+    lists = count, order, units
+    stream = _Stream(static, split, lists, bits, (k, v), (keys, values), seen, scratch)
     which = stream.list_of(stream.group)
 
-    def add(block, carry):
+    def add(index, carry):
         highest, total, accumulated = carry
-        buffer = stream.next(block)
+        buffer = stream.next(index)
 
-        @pl.when(whole[0, which, block] == 0)
+        @pl.when(whole[0, which, stream.number(index)] == 0)
         def _():
             _clear(values.at[buffer], seen[buffer])
 
@@ -472,7 +481,7 @@ def _run_votes(static: _Static, plan: Plan, q, k):
             num_scalar_prefetch=1,
             grid=(batch, groups),
             in_specs=[
-                *_lists(plan),
+                *_lists(plan, 1),
                 pl.BlockSpec((None, static.heads, rows, q.shape[3]), lambda b, g, *_: (b, g, 0, 0)),
                 *([_ANYWHERE] * 2),
             ],
@@ -489,18 +498,20 @@ def _run_votes(static: _Static, plan: Plan, q, k):
         ),
         name="token_scores",
         **_options(static),
-    )(plan.blocks, plan.units, plan.whole, q, plan.bits, k)
+    )(plan.count, plan.order, plan.units, plan.whole, q, plan.bits, k)
 
 
-def _vote_kernel(blocks, units, whole, q, bits, k, votes, scores, keys, seen, *scratch, static):
+def _vote_kernel(
+    count, order, units, whole, q, bits, k, votes, scores, keys, seen, *scratch, static
+):
     del whole  # scores of unseen slots are replaced, whatever their keys are
-    stream = _Stream(static, blocks, units, bits, (k,), (keys,), seen, scratch)
+    stream = _Stream(static, 1, (count, order, units), bits, (k,), (keys,), seen, scratch)
 
-    def score(block, carry):
+    def score(index, carry):
         highest, total = carry
-        buffer = stream.next(block)
+        buffer = stream.next(index)
         fresh = _scores(static, q[...], keys[buffer], seen[buffer])
-        scores[block] = fresh
+        scores[stream.number(index)] = fresh
         higher = jnp.maximum(highest, jnp.max(fresh, axis=2, keepdims=True))
         weights = jnp.sum(jnp.exp2(fresh - higher), axis=2, keepdims=True)
         return higher, total * jnp.exp2(highest - higher) + weights
@@ -510,7 +521,8 @@ def _vote_kernel(blocks, units, whole, q, bits, k, votes, scores, keys, seen, *s
     highest, total = lax.fori_loop(0, stream.count, score, start)
     share = 1.0 / jnp.where(total > 0, total, 1.0)
 
-    def vote(block, carry):
+    def vote(index, carry):
+        block = stream.number(index)
         votes[block] = jnp.sum(jnp.exp2(scores[block] - highest) * share, axis=1)
         return carry
 

@@ -59,6 +59,8 @@ def test_nothing_races_and_nothing_unwritten_is_read(name, dtype):
     ours = jax.block_until_ready(_attend(made, _kernel(STRICT)))
     assert interpreter.races is not None and not interpreter.races.races_found
     _assert_equal(ours, (made.out, made.log_sum_exp), 2e-6 if exact else 0.02)
+    if "selected" in made.arrays:  # other slots are NaN
+        return
     votes = jax.block_until_ready(
         scores(**made.for_scores, per_head=True, impl="tpu", config=_kernel(STRICT))
     )
@@ -268,35 +270,34 @@ def test_both_compile_and_a_cache_of_whole_lanes_is_not_copied(name, dtype, topo
     assert (copies is not None) == (shape.width % 128 != 0)
 
 
-def test_a_loop_that_writes_flat_rows_never_copies_its_cache():
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_loop_that_writes_flat_rows_does_not_copy_its_cache(flat):
+    """Another way to write makes the compiler hold the cache slots first, against the kernel."""
     shape = TPU_SHAPES["tpu-32k"]
     arrays = arguments(shape, "bfloat16")
+    rows = jnp.arange(shape.batch * shape.kv_heads) * shape.slots
+
+    def write(pool, new, n):
+        if not flat:
+            return pool.at[jnp.arange(shape.batch), :, n].set(new)
+        new = new.reshape(-1, shape.width)
+        return pool.reshape(-1, shape.width).at[rows + n].set(new).reshape(pool.shape)
 
     def decode(q, k, v):
-        heads = jnp.arange(shape.batch * shape.kv_heads)
-
         def step(n, carry):
             q, *pools = carry
-            new = q[:, 0, : shape.kv_heads].reshape(-1, shape.width)
-            k, v = (
-                x.reshape(-1, shape.width).at[heads * shape.slots + n].set(new).reshape(x.shape)
-                for x in pools
-            )
+            k, v = (write(pool, q[:, 0, : shape.kv_heads], n) for pool in pools)
             at = jnp.full((shape.batch, 1), n)
-            return (
-                decode_attention(q=q, k=k, v=v, q_positions=at, lengths=at[:, 0], scale=0.1),
-                k,
-                v,
-            )
+            q = decode_attention(q=q, k=k, v=v, q_positions=at, lengths=at[:, 0] + 1, scale=0.1)
+            return q, k, v
 
         return jax.lax.fori_loop(0, 8, step, (q, k, v))[0]
 
-    compiled = aot.compile_tpu(decode, arrays["q"], arrays["k"], arrays["v"])
-    cache = 2 * np.prod(arrays["k"].shape) * 2
-    # The arguments are not donated: one copy of each, before the loop.
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.02 * cache
-    body = re.search(r"\n%\S*body\S* [^\n]*\{\n(.*?)\n\}", compiled.as_text(), re.S)[1]
-    assert "tpu_custom_call" in body and not re.search(r"\[8,8,32768,128\]\S* copy\(", body)
+    text = aot.compile_tpu(decode, arrays["q"], arrays["k"], arrays["v"]).as_text()
+    copies = re.findall(r"= \S*\[8,8,32768,128\]\S* (?:copy|fusion)\([^)]*\)", text)
+    # The arguments, which are not given away, before the loop; and the writes themselves.
+    copies = [copy for copy in copies if "copy(" in copy]
+    assert (len(copies) <= 2) == flat
 
 
 def test_computing_hides_behind_reading():
@@ -310,21 +311,21 @@ def test_computing_hides_behind_reading():
 
 
 def test_plans_list_each_unit_that_is_seen_once():
-    """By hand: 8 slots in two pages of 4, units of 2, blocks of 2 units."""
-    shown = jnp.asarray([[[1, 0, 0, 0, 1, 1, 0, 1]]], bool)
+    """By hand: 8 slots in two pages of 4, units of 2, blocks of 2 units and an empty one."""
+    shown = jnp.asarray([[[1, 0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 1, 1]]], bool)
     pages = jnp.asarray([[5, 3]])
-    sizes = {"page": 4, "unit": 2, "block": 4, "split": 1}
-    made = plan.of_slots(shown, pages, **sizes)
-    assert made.units.tolist() == [[[10, 6, 7, -1]]] and made.blocks.tolist() == [[2]]
-    assert made.bits.reshape(-1).tolist() == [1, 0, 1, 1, 0, 1, 0, 0]
-    assert made.whole.tolist() == [[[0, 0]]]
-    made = plan.of_slots(shown, pages, **sizes, in_order=True)
-    assert made.units.tolist() == [[[10, -1, 6, 7]]]
-    # Tokens 5, 4, 0, 1 (unseen), 6 (unseen), repeated, none: pairs 0, 2.
-    selected = jnp.asarray([[[5, 4, 0, 1, 6, 5, -1, 9]]])
-    made = plan.of_selected(shown, pages, selected, chosen=1, **sizes)
-    pairs = [unit for unit in made.units.reshape(-1).tolist() if unit >= 0]
-    assert pairs == [10, 6]
+    sizes = {"page": 4, "unit": 2, "block": 4}
+    made = plan.of_slots(shown, pages, **sizes, split=1)
+    assert made.units.tolist() == [[[10, -1, -1, 7, -1, -1]]]
+    assert made.bits.reshape(-1, 4).tolist() == [[3, 0, 0, 0], [0, 0, 2, 2], [0] * 4]
+    assert (made.count.tolist(), made.order.tolist()) == ([[2]], [[[0, 1, 2]]])
+    assert made.whole.tolist() == [[[0, 0, 0]]]
+    made = plan.of_slots(shown.at[:, :, :4].set(False), pages, **sizes, split=2)
+    assert (made.count.tolist(), made.order.tolist()) == ([[1], [1]], [[[1, 2]], [[2, 2]]])
+    # Tokens 7, 6, 0, 4 (unseen), repeated, none: pairs 0 and 3.
+    selected = jnp.asarray([[[7, 6, 0, 4, 7, -1, 9]]])
+    made = plan.of_selected(shown, pages, selected, chosen=1, **sizes, split=1)
     listed = made.units.reshape(-1) >= 0
-    assert made.bits.reshape(-1, 2)[listed].tolist() == [[1, 0], [1, 1]]
+    assert made.units.reshape(-1)[listed].tolist() == [10, 7]
+    assert made.bits.reshape(-1, 2)[listed].tolist() == [[3, 0], [2, 2]]
     assert not np.any(made.bits.reshape(-1, 2)[~listed])
