@@ -11,8 +11,13 @@ for each listed slot (below 1 % of 128-wide bfloat16 keys and values). A single 
 copied alone. A bfloat16 token shares its 32-bit words with its neighbour, and nothing that
 addresses HBM can part them: the pair is copied, once where both are selected. So scattered
 bfloat16 tokens cost up to twice what they must, and each is a copy of a row for every head,
-whose start takes longer than its bytes: on a TPU select pages where that serves. Heads narrower
-than 128 lie in HBM as 128.
+whose start takes longer than its bytes: on a TPU select pages where that serves.
+
+Where a cache lies matters as much. The kernels take it heads first. A decode loop under ``jit``
+that writes new entries as flat rows, ``k.reshape(-1, E).at[(b · K + head) · S + slot].set(...)``,
+keeps it so; ``k.at[b, :, slot].set(...)`` makes XLA hold it slots first and copy it whole at each
+step. Heads whose width is no multiple of 128 lie in HBM as wide as the next one, and are brought
+into that form, by a copy of the cache, when a program takes them as an argument.
 
 Queries and their heads lie on sublanes, slots on lanes. Statistics are in base 2: ``exp2`` is what
 the hardware has.

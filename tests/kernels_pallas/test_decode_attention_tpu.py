@@ -329,3 +329,13 @@ def test_plans_list_each_unit_that_is_seen_once():
     assert made.units.reshape(-1)[listed].tolist() == [10, 7]
     assert made.bits.reshape(-1, 2)[listed].tolist() == [[3, 0], [2, 2]]
     assert not np.any(made.bits.reshape(-1, 2)[~listed])
+
+
+@pytest.mark.parametrize("length", [5, 2048, 3000])
+def test_a_look_up_is_exact(length):
+    rng = np.random.default_rng(0)
+    table = rng.integers(0, 2**31 - 1, (2, length, 3))
+    at = rng.integers(0, length, (2, 2, 9))
+    found = plan._look_up(jnp.asarray(table, jnp.int32), jnp.asarray(at, jnp.int32), 31)
+    expected = np.stack([row[index] for row, index in zip(table, at, strict=True)])
+    np.testing.assert_array_equal(found, expected)
