@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Queries of a row, a bit of a word each.
 MOST_QUERIES = 31
+# Slots that HBM holds together.
+_TILE = 8
 # Entries of a table in which one product finds.
 _DIRECT = 2048
 
@@ -42,15 +44,16 @@ def copied(page: int, unit: int | None, block: int, itemsize: int) -> int:
     """Slots that one copy brings.
 
     Args:
-        page: slots that lie in one piece.
-        unit: slots of a selected unit; ``None`` without a selection.
+        page: slots that lie in one piece, a multiple of 8.
+        unit: slots of a selected unit, 1 or a multiple of 8; ``None`` without a selection.
         block: slots handled at a time.
         itemsize: bytes of an element; what is smaller than a word is copied with its neighbour.
     """
     if unit == 1:
         return 4 // itemsize
-    limit = min(unit or page, block)
-    return next(size for size in range(limit, 0, -1) if (unit or page) % size == 0)
+    whole = unit or page
+    largest = max(_TILE, min(whole, block) // _TILE * _TILE)
+    return next(size for size in range(largest, 0, -_TILE) if whole % size == 0)
 
 
 def of_slots(

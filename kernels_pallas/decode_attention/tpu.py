@@ -80,18 +80,15 @@ def supports(
 ) -> str | None:
     """Why this form cannot run, or ``None``."""
     del others
-    reason = _refusal(q, k, v, config=config)
     page, slots = k.shape[2], shown.shape[2]
+    reason = _refusal(q, k, v, slots=slots, config=config)
     if reason is not None or selected is None:
         return reason
     if unit != 1 and (unit % 8 or page % unit):
         return f"selected units of {unit} slots are neither 1 nor 8s that fill pages of {page}"
     static = _static(q, k, slots, unit, 1.0, None, config)
     _, lists, count = selected.shape
-    entries = lists * count * max(1, unit // static.unit)
-    if 4 * entries > _LIST_BYTES:
-        return f"{entries} selected units of a row overflow the scalar memory; select larger ones"
-    return None
+    return _overflow(lists * count * max(1, unit // static.unit))
 
 
 def supports_scores(
@@ -104,17 +101,19 @@ def supports_scores(
 ) -> str | None:
     """Why this form cannot run, or ``None``."""
     del others
-    reason = _refusal(q, k, config=config)
+    slots = shown.shape[2]
+    reason = _refusal(q, k, slots=slots, config=config)
     if reason is not None:
         return reason
-    slots = shown.shape[2]
     static = _score_static(q, k, slots, 1.0, None, config)
     if _score_bytes(static, q, slots) > _SCORE_BYTES:
         return f"the scores of {slots} slots do not fit the memory of a core"
     return None
 
 
-def _refusal(q: Array, *pools: Array, config: DecodeAttentionConfig) -> str | None:
+def _refusal(
+    q: Array, *pools: Array, slots: int, config: DecodeAttentionConfig
+) -> str | None:
     reason = dispatch.needs("tpu", config.interpret)
     if reason is not None:
         return reason
@@ -125,6 +124,12 @@ def _refusal(q: Array, *pools: Array, config: DecodeAttentionConfig) -> str | No
         return f"{q.shape[1]} queries of a row are more than {plans.MOST_QUERIES}"
     if pools[0].shape[2] % 8:
         return f"{pools[0].shape[2]} slots in one piece are not a multiple of 8"
+    return _overflow(slots // _static(q, pools[0], slots, None, 1.0, None, config).unit)
+
+
+def _overflow(units: int) -> str | None:
+    if 4 * units > _LIST_BYTES:
+        return f"{units} units of a row overflow the scalar memory; make pages or units larger"
     return None
 
 
@@ -177,10 +182,6 @@ def decode_attention(
         out, log_sum_exp = out[0], log_sum_exp[0]
     else:
         out, log_sum_exp = merge_partial(out, log_sum_exp)
-        # Merging parts that see nothing is not exactly nothing.
-        log_sum_exp = jnp.maximum(
-            jnp.where(log_sum_exp < NOTHING / 2, NOTHING, log_sum_exp), NOTHING
-        )
     return out.astype(q.dtype), log_sum_exp
 
 

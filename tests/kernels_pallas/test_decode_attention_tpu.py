@@ -216,7 +216,7 @@ def test_what_cannot_run_is_said(unchecked):
         "not float32, bfloat16, float32": halves,
         "32 queries of a row are more than 31": many,
         "44 slots in one piece are not a multiple of 8": odd,
-        "131072 selected units of a row overflow the scalar memory": lists,
+        "131072 units of a row overflow the scalar memory": lists,
     }.items():
         with pytest.raises(ValueError, match=message):
             _attend(made, _kernel(), **change)
