@@ -111,9 +111,7 @@ def supports_scores(
     return None
 
 
-def _refusal(
-    q: Array, *pools: Array, slots: int, config: DecodeAttentionConfig
-) -> str | None:
+def _refusal(q: Array, *pools: Array, slots: int, config: DecodeAttentionConfig) -> str | None:
     reason = dispatch.needs("tpu", config.interpret)
     if reason is not None:
         return reason
