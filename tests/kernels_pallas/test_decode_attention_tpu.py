@@ -175,7 +175,7 @@ def test_selected_tokens_are_read_in_words(dtype, copied):
     """A float32 token alone; a bfloat16 one with its neighbour, once if both are selected."""
     made, finite = _large(dtype)
     rng = np.random.default_rng(0)
-    selected = np.stack([rng.permutation(128)[:20] for _ in range(12)]).reshape(3, 4, 40)
+    selected = np.stack([rng.permutation(128)[:20] for _ in range(12)]).reshape(3, 4, 20)
     together = 4 // jnp.dtype(dtype).itemsize
     words = sum(len(np.unique(row // together)) for row in selected.reshape(12, 20))
     options = {"lengths": jnp.full(3, 128), "q_positions": jnp.full((3, 1), 127)}
