@@ -48,8 +48,9 @@ def kernel(
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """One kernel of a named shape, for ``kernels_pallas.common.schedule``.
 
-    Its operands are those of the program, so that the compiler cannot keep them in VMEM, which it
-    does with what small programs make themselves. With ``listed`` the number of steps is dynamic.
+    Its operands are those of the program, so that the compiler does not keep them in VMEM, as it
+    does with what a program makes itself, and with arrays of a few hundred KiB. With ``listed``
+    the number of steps is dynamic.
     """
     sizes = SHAPES[shape]
     rule, struct = rule_of(sizes), cast(Any, jax.ShapeDtypeStruct)

@@ -111,10 +111,12 @@ def _kernel(
         inverse = jnp.where(seen, 1.0 / summed, 0.0)
         inverse = tiles.widen(inverse, accumulated.shape[1])
         out[...] = _scaled(accumulated[...], inverse).astype(out.dtype)
-        best, rows = tiles.row(best), tiles.row(rows)
-        log_sum_exp[0, :, queries] = jnp.where(
-            best > NOTHING, (best + jnp.log2(rows)) * math.log(2.0), NOTHING
-        )
+        log_sum_exp[0, :, queries] = _log_sum_exp(tiles.row(best), tiles.row(rows))
+
+
+def _log_sum_exp(best: Array, summed: Array) -> Array:
+    """To base e, of what was summed relative to the best score, to base 2."""
+    return jnp.where(best > NOTHING, (best + jnp.log2(summed)) * math.log(2.0), NOTHING)
 
 
 def _scaled(x: Array, factor: Array) -> Array:

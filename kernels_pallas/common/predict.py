@@ -66,6 +66,10 @@ def part_cycles(
 ) -> dict[str, int]:
     """Bundles of each part of a grid step, with :data:`EVERY` for what no name is given to.
 
+    Names go to the parts next to those that multiply. What lies further out counts in each step:
+    the compiler moves stores of a rare part into the pipeline's own, whose cost is then too high
+    rather than too low.
+
     Args:
         schedule: of the kernel; loops inside a grid step count as one pass.
         before: names of the conditional parts ahead of the first that multiplies, in order;
@@ -74,16 +78,18 @@ def part_cycles(
         after: names of those behind the last.
 
     Raises:
-        ValueError: the kernel has another number of parts.
+        ValueError: the kernel has fewer parts, or multiplies in another number of them.
     """
     inside = [one for one in schedule.segments if one.loops]
     multiply = [i for i, one in enumerate(inside) if one.conditional and one.slots["MATMUL"]]
     if not multiply:
         raise ValueError(f"{schedule.kernel} has no conditional part that multiplies")
+    ahead = [i for i, one in enumerate(inside) if i < multiply[0] and _works(one)]
+    behind = [i for i, one in enumerate(inside) if i > multiply[-1] and _works(one)]
     named = {
-        "before": [i for i, one in enumerate(inside) if i < multiply[0] and _works(one)],
+        "before": ahead[max(0, len(ahead) - len(before)) :],
         "bodies": multiply,
-        "after": [i for i, one in enumerate(inside) if i > multiply[-1] and _works(one)],
+        "after": behind[: len(after)],
     }
     cycles = {EVERY: sum(one.bundles for one in inside)}
     for place, names in (("before", before), ("bodies", bodies), ("after", after)):

@@ -23,6 +23,8 @@ from kernels_pallas.block_sparse_attention import (
     blocks,
     pairs,
     partial_attention,
+    tpu_backward,
+    tpu_operands,
 )
 from kernels_pallas.block_sparse_attention.specs import TPU_SHAPES
 from kernels_pallas.common import aot
@@ -119,6 +121,19 @@ def test_values_and_gradients_agree_with_ref(rule, kv_heads, softcap):
     )
     ours = run(impl="tpu", block_q=8, block_k=16, interpret=True)
     _assert_equal(ours, run(impl="ref"))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_gradients_of_long_rows_take_two_kernels(monkeypatch, kv_heads):
+    """Where those of the queries overflow VMEM; here nothing fits. Nothing races there either."""
+    monkeypatch.setattr(tpu_backward, "_RESIDENT_BYTES", 0)
+    arrays, cotangents = _arrays(23, kv_heads=kv_heads)
+    run = functools.partial(_both, arrays, cotangents, _tokens([9, 11], 23))
+    # No other test has these blocks: what is compiled is kept, the limit is no part of its key.
+    options = {"impl": "tpu", "block_q": 16, "block_k": 24, "interpret": STRICT}
+    made = str(jax.make_jaxpr(functools.partial(run, **options))())
+    assert "backward_q" in made and "backward_kv" in made
+    _assert_equal(run(**options), run(impl="ref"))
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["map", "lists"])
@@ -328,6 +343,29 @@ def test_lists_and_softcap_compile(topology):
 def test_ragged_lengths_and_odd_widths_compile():
     shape = dataclasses.replace(TPU_SHAPES["tpu-2048-narrow"], length=1000, width=96)
     _compile(shape, jnp.bfloat16, "v5e")
+
+
+@pytest.mark.parametrize("topology", aot.TPUS)
+def test_the_longest_rows_of_one_backward_kernel_fit(topology):
+    """24576 queries of one head, twice 12 MiB of float32; one block more makes two kernels."""
+    length, block, struct = 24576, 1024, jax.ShapeDtypeStruct
+
+    def operands(length):
+        vectors = struct((1, 1, length, 128), jnp.bfloat16)
+        tokens = struct((1, 2, length), jnp.int32)
+        return tpu_operands.Operands(tokens, tokens, vectors, vectors, vectors)
+
+    assert tpu_backward.fits(operands(length)) and not tpu_backward.fits(operands(length + block))
+    static = tpu_operands.Static(CAUSAL, 1.0, None, block, block, False)
+    arrays = operands(length)
+    aot.compile_tpu(
+        lambda entries, *rest: tpu_backward.fused(static, pairs.Listed(entries, 300), *rest),
+        struct((300,), jnp.int32),
+        arrays,
+        arrays.q,
+        struct((1, 1, 2, length), jnp.float32),
+        topology=aot.TPUS[topology],
+    )
 
 
 def test_scores_are_never_in_main_memory():

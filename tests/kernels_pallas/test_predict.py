@@ -46,11 +46,18 @@ def test_a_part_of_every_step_and_parts_of_one_name_are_added():
 
 
 @pytest.mark.parametrize(
-    "other", [{"before": ()}, {"bodies": ("whole",)}, {"after": ("last", "more")}], ids=str
+    "other",
+    [{"before": ("start", "first")}, {"bodies": ("whole",)}, {"after": ("last", "more")}],
+    ids=str,
 )
 def test_a_kernel_of_other_parts_is_an_error(other):
     with pytest.raises(ValueError, match=r"k has (before|bodies|after)=\["):
         predict.part_cycles(SCHEDULE, **(NAMES | other))
+
+
+def test_what_has_no_name_is_paid_in_every_step():
+    parts = predict.part_cycles(SCHEDULE, before=(), bodies=NAMES["bodies"], after=())
+    assert parts == {EVERY: 10 + 5 + 7 + 40 + 30, "masked": 200, "whole": 100}
 
 
 def test_a_loop_without_conditional_products_has_edges():

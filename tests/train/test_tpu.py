@@ -14,7 +14,7 @@ from tokenlab.train.mesh import MeshShape
 from tokenlab.train.run import Run
 
 EXPERIMENTS = pathlib.Path(__file__).resolve().parents[2] / "experiments"
-ATTENTION = {f"block_sparse_attention_{part}" for part in ("forward", "backward_q", "backward_kv")}
+ATTENTION = {f"block_sparse_attention_{part}" for part in ("forward", "backward")}
 LOSS = {f"linear_cross_entropy_{part}" for part in ("forward", "by_hidden", "by_weight")}
 ROUTING = {f"{op}_tokens{part}" for op in ("gather", "scatter_add") for part in ("", "_backward")}
 KERNEL = re.compile(r'kernel_name = "(\w+)"')
