@@ -6,9 +6,14 @@ import pytest
 
 from kernels_pallas.common import aot
 
-OPERATIONS = ("block_sparse_attention", "linear_cross_entropy", "token_routing")
+OPERATIONS = (
+    "block_sparse_attention",
+    "decode_attention",
+    "linear_cross_entropy",
+    "token_routing",
+)
 # A gradient has the forward kernels in it.
-WITHOUT_BACKWARD = ()
+WITHOUT_BACKWARD = ("decode_attention",)
 
 
 def cases():

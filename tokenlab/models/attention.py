@@ -79,7 +79,7 @@ class Attention(Mixer):
     qk_norm: RMSNorm | None = None
     softcap: float | None = None
     rule: MaskRule = Causal()
-    impl: Literal["ref", "xla", "tpu"] | None = None
+    impl: Literal["ref", "xla", "tpu", "gpu"] | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
