@@ -18,7 +18,8 @@ from kernels_pallas.block_sparse_attention import (
 from kernels_pallas.block_sparse_attention.specs import SHAPES, Shape
 
 
-def _attend(q, k, v, *, rule, impl):
+def attend(q, k, v, *, rule, impl):
+    """Ours over whole rows of one document."""
     length = q.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length)[None], q.shape[:2])
     segments = jnp.ones_like(positions)
@@ -36,17 +37,20 @@ def _attend(q, k, v, *, rule, impl):
     )
 
 
-def _peer(q, k, v, *, rule):
+def peer(q, k, v, *, rule):
+    """JAX's own."""
     window = (rule.size - 1, 0) if isinstance(rule, SlidingWindow) else None
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
 
 
-def _both(function):
-    def both(q, k, v):
+def both(function):
+    """The function and its gradient."""
+
+    def run(q, k, v):
         out, pull_back = jax.vjp(function, q, k, v)
         return out, pull_back(out)
 
-    return both
+    return run
 
 
 def measure(name: str, shape: Shape, rule: Causal | SlidingWindow, repeats: int) -> None:
@@ -60,11 +64,11 @@ def measure(name: str, shape: Shape, rule: Causal | SlidingWindow, repeats: int)
     product, product_flops = square_product(1024)
     functions, temporary = {"product": product}, {}
     for who, function in (
-        ("ref", functools.partial(_attend, rule=rule, impl="ref")),
-        ("jax.nn", functools.partial(_peer, rule=rule)),
-        ("ours", functools.partial(_attend, rule=rule, impl="xla")),
+        ("ref", functools.partial(attend, rule=rule, impl="ref")),
+        ("jax.nn", functools.partial(peer, rule=rule)),
+        ("ours", functools.partial(attend, rule=rule, impl="xla")),
     ):
-        for which, compute in (("forward", function), ("forward+backward", _both(function))):
+        for which, compute in (("forward", function), ("forward+backward", both(function))):
             compiled = jax.jit(compute).lower(*arrays).compile()
             functions[f"{who} {which}"] = functools.partial(compiled, *arrays)
             temporary[f"{who} {which}"] = compiled.memory_analysis().temp_size_in_bytes

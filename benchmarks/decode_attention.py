@@ -10,6 +10,8 @@ python -m benchmarks.decode_attention [--dtype float32] [--repeats 10] [--slots 
 import argparse
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +56,8 @@ def _peer(q, k, v):
     return jax.nn.dot_product_attention(q, k, v)
 
 
-def measure(shape: Shape, dtype: str, repeats: int) -> None:
-    """Prints the rows of one dtype."""
+def calls(shape: Shape, dtype: str) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """What is compared, by name: functions and their arguments."""
     q, k, v = _arrays(shape, dtype)
     full = jnp.full(shape.batch, shape.slots)
     tokens, units = (_selected(shape, unit, 2048 // unit) for unit in (1, 16))
@@ -66,7 +68,7 @@ def measure(shape: Shape, dtype: str, repeats: int) -> None:
         for x in (k, v)
     ]
     pages = jnp.arange(shape.batch * shape.slots // 16).reshape(shape.batch, -1)
-    calls = {
+    return {
         "full": (_attend, (q, k, v, full)),
         "an eighth": (_attend, (q, k, v, full // 8)),
         "selected": (_attend, (q, k, v, full, tokens)),
@@ -75,8 +77,12 @@ def measure(shape: Shape, dtype: str, repeats: int) -> None:
         "ref full": (functools.partial(_attend, impl="ref"), (q, k, v, full)),
         "jax.nn": (_peer, (q, k.swapaxes(1, 2), v.swapaxes(1, 2))),
     }
+
+
+def measure(shape: Shape, dtype: str, repeats: int) -> None:
+    """Prints the rows of one dtype."""
     functions = {}
-    for name, (function, arguments) in calls.items():
+    for name, (function, arguments) in calls(shape, dtype).items():
         compiled = jax.jit(function).lower(*arguments).compile()
         functions[name] = functools.partial(compiled, *arguments)
     timings = in_turn(functions, repeats=repeats)

@@ -19,20 +19,6 @@ BLOCK = 128 * 128
 KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
 
 
-def _blocks(q, k, compute):
-    return splash.Blocks(q=q, k=k, compute=compute)
-
-
-# Splash at its best: the block sizes of the fewest cycles of a visited block, and the cycles of a
-# call for each head with those of the fastest call. Of all block sizes that
-# ``test_no_other_block_sizes_of_splash_are_faster`` compiles; its backward pass is faster as one
-# kernel than as two, by which a block takes more than 1.4 times as long.
-BEST = {
-    ("v5e", "forward"): (_blocks(512, 2048, 512), 54046),
-    ("v6e", "forward"): (_blocks(1024, 2048, 512), 37786),
-    ("v5e", "fused"): (_blocks(1024, 512, 512), 117764),
-    ("v6e", "fused"): (_blocks(1024, 2048, 256), 70993),
-}
 PASSES = {"forward": "forward", "backward": "fused"}
 
 
@@ -91,7 +77,7 @@ def _call(topology, which, shape, rule, parts, blocks=None):
 @pytest.mark.parametrize("topology", KINDS)
 def test_dense_causal_is_no_slower_than_splash_at_its_best(topology, which):
     """By visited block, whole and masked ones together, and by call."""
-    blocks, call = BEST[topology, PASSES[which]]
+    blocks, call = splash.BEST[topology, PASSES[which]]
     block, _ = _splash(topology, PASSES[which], blocks)
     parts = _parts(topology, which)
     our_call, our_block = _call(topology, which, SHAPE, cost.rule_of(SHAPE), parts)
@@ -152,7 +138,7 @@ def _choices():
     for k, computes in {512: (512, 256), 1024: (1024, 512, 256), 2048: (1024, 512, 256)}.items():
         for q in (512, 1024, 2048):
             for compute in computes:
-                yield _blocks(q, k, compute)
+                yield splash.Blocks(q=q, k=k, compute=compute)
 
 
 @pytest.mark.slow
@@ -166,7 +152,7 @@ def test_no_other_block_sizes_of_splash_are_faster(topology, which):
         except aot.CannotCompile:
             continue
     assert len(found) > 20
-    blocks, call = BEST[topology, which]
+    blocks, call = splash.BEST[topology, which]
     assert blocks == min(found, key=lambda blocks: found[blocks][0])
     assert call == round(min(cycles for _, cycles in found.values()) / SHAPE.heads)
 
@@ -174,7 +160,10 @@ def test_no_other_block_sizes_of_splash_are_faster(topology, which):
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", KINDS)
 def test_two_backward_kernels_of_splash_are_slower_than_one(topology):
-    one, _ = _splash(topology, "fused", BEST[topology, "fused"][0])
-    for blocks in (_blocks(512, 512, 512), _blocks(1024, 1024, 1024)):
+    one, _ = _splash(topology, "fused", splash.BEST[topology, "fused"][0])
+    for blocks in (
+        splash.Blocks(q=512, k=512, compute=512),
+        splash.Blocks(q=1024, k=1024, compute=1024),
+    ):
         two = [_splash(topology, which, blocks)[0] for which in ("by_queries", "by_keys")]
         assert sum(two) > 1.4 * one
