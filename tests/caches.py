@@ -77,7 +77,7 @@ def case(
     if layout == "paged":
         pages = rng.permutation(BATCH * slots // page + 2)[: BATCH * slots // page]
         pages = pages.reshape(BATCH, -1)
-        pages[0, 1] = -1
+        pages[0, 1:2] = -1
         pages[np.arange(pages.shape[1])[None] * page >= filled[:, None]] = -1
         held &= np.repeat(pages >= 0, page, axis=1)
         arrays["pages"] = pages

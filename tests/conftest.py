@@ -25,6 +25,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # What also runs on the newest supported JAX: every place where an interface of it is used.
 SMOKE = {"kernels_pallas", "models", "train", "decode", "golden", "e2e"}
+# But for what says nothing of interfaces: predicted times, random shapes, compiling all of them.
+NOT_SMOKE = {
+    "test_attention_speed",
+    "test_every_shape",
+    "test_linear_cross_entropy_properties",
+    "test_tuned",
+}
 # Where a NaN is an error at the operation that makes it.
 WITHOUT_NANS = {"models", "cache", "decode"}
 
@@ -35,7 +42,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.path.parent.name in SMOKE:
+        if item.path.parent.name in SMOKE and item.path.stem not in NOT_SMOKE:
             item.add_marker(pytest.mark.smoke)
     slow = config.getoption("--slow")
     out = [item for item in items if (item.get_closest_marker("slow") is not None) != slow]

@@ -28,7 +28,7 @@ def cases():
 @pytest.mark.parametrize("topology", aot.TPUS.values(), ids=aot.TPUS)
 @pytest.mark.parametrize(
     ("op", "program", "shape", "dtype"),
-    cases(),
+    list(cases()),
     ids=[f"{op}-{shape}-{dtype}" for op, _, shape, dtype in cases()],
 )
 def test_it_compiles(op, program, shape, dtype, topology):

@@ -9,9 +9,11 @@ from tokenlab.config.help import FieldHelp, describe, field_doc
 from tokenlab.config.overrides import replace
 from tokenlab.config.parts import fields, is_part
 from tokenlab.config.values import coerce, type_name
+from tokenlab.core.errors import UserError
 
 __all__ = [
     "FieldHelp",
+    "UserError",
     "class_of",
     "coerce",
     "describe",
