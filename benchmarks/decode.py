@@ -29,8 +29,8 @@ def _decoder(batch: int, prompt: int, new: int):
     prompts = np.random.default_rng(0).integers(3, model.vocab_size, (batch, prompt)).tolist()
     decoder = Autoregressive(max_new_tokens=new, sampler=Greedy(), end_ids=())
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(view.params))
-    mixer = model.block.mixer
-    entry = 2 * model.num_layers * mixer.num_kv_heads * mixer.width(model.dim) * 4
+    mixers = model.attentions()
+    entry = 2 * 4 * sum(mixer.num_kv_heads * mixer.width(model.dim) for mixer in mixers)
     read = weights + batch * (prompt + new / 2) * entry
     return lambda: decoder(view, prompts, key=jax.random.key(0)).tokens, read
 

@@ -8,6 +8,7 @@ import logging
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,11 +17,17 @@ from rich.text import Text
 from tokenlab import config
 from tokenlab.core.errors import UserError
 
+if TYPE_CHECKING:
+    from tokenlab.tokenizers import Tokenizer
+
 USAGE = """\
   tokenlab train FILE|RUN [field=value ...]   train an experiment, or go on with a run folder
   tokenlab train FILE --help                  every field with its type, value and meaning
   tokenlab eval RUN                           evaluate the newest checkpoint of a run
+  tokenlab eval --model PATH --corpus NAME    bits per byte of a published model
   tokenlab generate RUN --prompt TEXT         continue a text
+  tokenlab generate --model PATH --prompt TEXT    the same with a published model
+  tokenlab models [fetch NAME]                list or fetch published models
   tokenlab data [fetch NAME]                  list or prepare the built-in corpora
   tokenlab study FILE                         run a study; exits 1 if a claim does not hold
   tokenlab systems                            all systems, their papers and status
@@ -64,12 +71,16 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs"))
     train.add_argument("--help", "-h", action="store_true", dest="fields")
     evaluate = commands.add_parser("eval")
-    evaluate.add_argument("run", type=pathlib.Path)
-    evaluate.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    _add_source(evaluate)
+    evaluate.add_argument("--corpus", help="prepared data set to score a --model on")
+    evaluate.add_argument("--text", help="text files to score a --model on, such as 'notes/*.txt'")
+    evaluate.add_argument("--documents", type=int, help="leading held-out documents; all")
+    evaluate.add_argument("--length", type=int, default=512, help="window in tokens")
+    evaluate.add_argument("--stride", type=int, help="targets a window scores; half its length")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="windows at a time")
     generate = commands.add_parser("generate")
-    generate.add_argument("run", type=pathlib.Path)
+    _add_source(generate)
     generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
-    generate.add_argument("--step", type=int, help="which checkpoint; the newest by default")
     generate.add_argument("--tokens", type=int, default=128, help="most tokens to write")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     generate.add_argument("--top-k", type=int)
@@ -80,6 +91,9 @@ def parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data")
     data.add_argument("action", nargs="?", choices=["list", "fetch"], default="list")
     data.add_argument("name", nargs="?")
+    models = commands.add_parser("models")
+    models.add_argument("action", nargs="?", choices=["list", "fetch"], default="list")
+    models.add_argument("name", nargs="?")
     study = commands.add_parser("study")
     study.add_argument("experiment", type=pathlib.Path)
     study.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs"))
@@ -87,6 +101,12 @@ def parser() -> argparse.ArgumentParser:
     index = commands.add_parser("systems")
     index.add_argument("--markdown", action="store_true", help="the page docs/systems.md")
     return top
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=pathlib.Path, nargs="?")
+    command.add_argument("--model", type=pathlib.Path, help="a published model: a folder, a .gguf")
+    command.add_argument("--step", type=int, help="which checkpoint; the newest by default")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -109,6 +129,8 @@ def run(arguments: Sequence[str]) -> int:
             return _generate(options, console)
         case "study":
             return _study(options, console)
+        case "models":
+            return _models(options, console)
         case "systems":
             return _systems(options, console)
         case _:
@@ -179,7 +201,55 @@ def _print_evals(evals: Mapping[str, Mapping[str, float]], console: Console) -> 
     console.print(table)
 
 
+def _check_source(options: argparse.Namespace) -> None:
+    if (options.run is None) == (options.model is None):
+        raise UserError(f"give {options.command} a run folder or --model PATH, one of the two")
+    if options.model is not None and options.step is not None:
+        raise UserError("--step names a checkpoint of a run; a --model has one set of weights")
+
+
 def _eval(options: argparse.Namespace, console: Console) -> int:
+    _check_source(options)
+    if options.model is not None:
+        return _eval_model(options, console)
+    return _eval_run(options, console)
+
+
+def _eval_model(options: argparse.Namespace, console: Console) -> int:
+    from tokenlab.data.corpora import TextFiles, TfdsCorpus
+    from tokenlab.evals import HeldOutText
+    from tokenlab.interop import load_pretrained
+
+    if (options.corpus is None) == (options.text is None):
+        raise UserError("give eval --model a --corpus NAME or --text PATTERN, one of the two")
+    if options.text is None:
+        corpus = TfdsCorpus(name=options.corpus)
+    else:
+        corpus = TextFiles(pattern=options.text, held_out=1.0)
+    stride = max(1, options.length // 2) if options.stride is None else options.stride
+    try:
+        evaluation = HeldOutText(
+            corpus=corpus,
+            length=options.length,
+            stride=stride,
+            batch_size=options.batch_size,
+            max_documents=options.documents,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    evaluation.documents()  # the corpus is seen to be there before a model is read
+    model, params, tokenizer = load_pretrained(options.model)
+    if options.length > model.max_length:
+        raise UserError(f"--length {options.length} exceeds the context of {model.max_length}")
+    figures = evaluation(model=model, params=params, tokenizer=tokenizer)
+    _print_evals({"held_out": figures}, console)
+    return 0
+
+
+def _eval_run(options: argparse.Namespace, console: Console) -> int:
+    for name in ("corpus", "text", "documents", "stride"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} is for --model; a run is evaluated as its experiment says")
     from tokenlab.train.folder import write_json
     from tokenlab.train.mesh import placed_on
     from tokenlab.train.run import open_run
@@ -197,6 +267,17 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _named_model(options: argparse.Namespace) -> tuple[Any, Any, Tokenizer]:
+    """Model, parameters and tokenizer of a run or of a published model."""
+    from tokenlab.interop import load_pretrained
+    from tokenlab.train.run import open_run
+
+    if options.model is not None:
+        return load_pretrained(options.model)
+    run, state = open_run(options.run, step=options.step)
+    return run.experiment.model, state.best_params, run.tokenizer
+
+
 def _generate(options: argparse.Namespace, console: Console) -> int:
     from tokenlab.core.context import View
     from tokenlab.decode import (
@@ -209,8 +290,8 @@ def _generate(options: argparse.Namespace, console: Console) -> int:
         TopP,
         complete,
     )
-    from tokenlab.train.run import open_run
 
+    _check_source(options)
     wanted = [
         (options.top_k, lambda: TopK(k=options.top_k)),
         (options.top_p, lambda: TopP(p=options.top_p)),
@@ -225,17 +306,17 @@ def _generate(options: argparse.Namespace, console: Console) -> int:
             sampler = Categorical(processors=(shape, *rest))
     except ValueError as error:
         raise UserError(str(error)) from error
-    run, state = open_run(options.run, step=options.step)
-    view = View(model=run.experiment.model, params=state.best_params)
+    model, params, tokenizer = _named_model(options)
+    view = View(model=model, params=params)
     decoder = Autoregressive(
-        max_new_tokens=options.tokens, sampler=sampler, end_ids=(run.tokenizer.eos_id,)
+        max_new_tokens=options.tokens, sampler=sampler, end_ids=(tokenizer.eos_id,)
     )
     streamed = len(options.prompt) == 1
     if streamed:
         sys.stdout.write(options.prompt[0])
     completions, generation = complete(
         view,
-        run.tokenizer,
+        tokenizer,
         options.prompt,
         decoder=decoder,
         seed=options.seed,
@@ -266,6 +347,18 @@ def _data(options: argparse.Namespace, console: Console) -> int:
         console.print(str(corpora.prepare(options.name)), soft_wrap=True)
         return 0
     console.print(json.dumps(corpora.known(), indent=2))
+    return 0
+
+
+def _models(options: argparse.Namespace, console: Console) -> int:
+    from tokenlab.interop import assets
+
+    if options.action == "fetch":
+        if options.name is None:
+            raise UserError("name a model: tokenlab models fetch smollm2_135m")
+        console.print(str(assets.fetch_model(options.name)), soft_wrap=True)
+        return 0
+    console.print(json.dumps(assets.known_models(), indent=2))
     return 0
 
 

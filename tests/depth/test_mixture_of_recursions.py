@@ -18,6 +18,10 @@ from tokenlab.objectives import AuxiliaryTerm, NextToken, Objective, Term
 class Identity(nn.Module):
     """A block that changes nothing."""
 
+    @nn.nowrap
+    def kinds(self):
+        return (self,)
+
     @nn.compact
     def __call__(self, x, *, positions, segments, train=False):
         return x, None

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-from tokenlab.cli import main
 from tokenlab.train.folder import read_jsonl
 from tokenlab.train.run import open_run
 
@@ -48,21 +47,6 @@ def command(corpus_folder, request):
 
     start.tiny = root / "tests" / "tiny.py"
     return start
-
-
-@pytest.fixture
-def tokenlab(corpus_folder, monkeypatch, capsys):
-    """Runs one command in this process; gives what it printed, and checks how it exits."""
-    monkeypatch.chdir(corpus_folder)
-
-    def run(*arguments, code=0):
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert exit.value.code == code, err
-        return out, err
-
-    return run
 
 
 def finish(process, code=0):

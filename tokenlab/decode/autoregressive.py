@@ -237,15 +237,15 @@ def _ledger(model: Transformer, prompts: np.ndarray, new: np.ndarray, steps: int
     cost = jax.device_get(_cost(model, total, _bucket(int(total.max()))))
     # The vocabulary is projected once per prompt and new token, not at every prompt position.
     unprojected = float(np.sum(prompts - 1)) * 2 * model.vocab_size * model.dim
-    entries = float(total.sum()) * model.num_layers
-    mixer = model.block.mixer
-    width = 2 * mixer.num_kv_heads * mixer.width(model.dim) * jnp.dtype(model.dtype).itemsize
+    entries = float(total.sum())
+    mixers = model.attentions()
+    width = 2 * sum(mixer.num_kv_heads * mixer.width(model.dim) for mixer in mixers)
     return cost.replace(
         passes=1.0 + steps,
         slots=float(len(total) * (_bucket(int(prompts.max())) + steps)),
         flops=float(cost.flops) - unprojected,
-        cache_entries=entries,
-        cache_bytes=entries * width,
+        cache_entries=entries * len(mixers),
+        cache_bytes=entries * width * jnp.dtype(model.dtype).itemsize,
     )
 
 

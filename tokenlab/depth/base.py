@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -31,6 +31,21 @@ class DepthTrace:
     aux: dict[str, Weighted] = flax.struct.field(default_factory=dict)
 
 
+@runtime_checkable
+class Layers(Protocol):
+    """What a depth program runs: a block, or a pattern of blocks; a Linen module."""
+
+    parent: Any
+
+    def kinds(self) -> Sequence[Any]:
+        """The blocks that take turns, one where all layers are alike."""
+        ...
+
+    def copy(self, **changes: Any) -> Any:
+        """The module with other fields, ``parent`` and ``name`` among them."""
+        ...
+
+
 Remat = Literal["none", "dots", "full"]
 _POLICIES = {"dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, "full": None}
 
@@ -48,7 +63,7 @@ class DepthProgram(nn.Module, abc.ABC):
     def __call__(
         self,
         x: Hidden,
-        block: nn.Module,
+        block: Layers,
         *,
         num_layers: int,
         positions: Positions,

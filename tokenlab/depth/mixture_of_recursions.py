@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from tokenlab.cache import CachePolicy
 from tokenlab.core.arrays import Hidden, Positions, Segments
 from tokenlab.core.weighted import Weighted
-from tokenlab.depth.base import DepthProgram, DepthTrace
+from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
 from tokenlab.depth.recursive import Recursive, trace_of
 from tokenlab.routing import ExpertChoiceRouter, Route, Router
 
@@ -43,7 +43,7 @@ class MixtureOfRecursions(Recursive):
     def __call__(
         self,
         x: Hidden,
-        block: nn.Module,
+        block: Layers,
         *,
         num_layers: int,
         positions: Positions,

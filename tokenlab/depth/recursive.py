@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from tokenlab.cache import CachePolicy
 from tokenlab.core.arrays import Array, Bool, Hidden, Positions, Segments
 from tokenlab.core.errors import UserError
-from tokenlab.depth.base import DepthProgram, DepthTrace
+from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
 
 Sharing = Literal["cycle", "middle_cycle"]
 
@@ -52,7 +52,7 @@ class Recursive(DepthProgram):
     def __call__(
         self,
         x: Hidden,
-        block: nn.Module,
+        block: Layers,
         *,
         num_layers: int,
         positions: Positions,
@@ -75,13 +75,18 @@ class Recursive(DepthProgram):
                 f"{type(self).__name__} does not decode with a cache yet; evaluate the run instead"
             )
 
-    def _layers(self, block: nn.Module, num_layers: int) -> SharedLayers:
+    def _layers(self, block: Layers, num_layers: int) -> SharedLayers:
         ends = 1 if self.sharing == "middle_cycle" else 0
         looped = num_layers - 2 * ends
         if looped < self.recursions or looped % self.recursions:
             raise UserError(
                 f"num_layers {num_layers} under {self.sharing} leaves {looped} layers, which are "
                 f"not a multiple of recursions {self.recursions}; change one of them"
+            )
+        if len(block.kinds()) > 1:
+            raise UserError(
+                f"{type(self).__name__} shares layers of one kind, not {len(block.kinds())}; "
+                "give the model one block"
             )
         names = [f"block_{i}" for i in range(looped // self.recursions)]
         first, last = ["block_first"] * ends, ["block_last"] * ends

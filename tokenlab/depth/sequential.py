@@ -8,11 +8,14 @@ from jaxtyping import PyTree
 
 from tokenlab.cache import CachePolicy
 from tokenlab.core.arrays import Hidden, Positions, Segments
-from tokenlab.depth.base import DepthProgram, DepthTrace
+from tokenlab.core.errors import UserError
+from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
 
 
 class Sequential(DepthProgram):
     """Applies ``num_layers`` blocks in turn, each with parameters of its own.
+
+    Where the model has a pattern of blocks, they take turns; then layers are not scanned.
 
     Attributes:
         scan: run the layers as one compiled loop over stacked parameters: compile time does not
@@ -25,7 +28,7 @@ class Sequential(DepthProgram):
     def __call__(
         self,
         x: Hidden,
-        block: nn.Module,
+        block: Layers,
         *,
         num_layers: int,
         positions: Positions,
@@ -44,6 +47,11 @@ class Sequential(DepthProgram):
             )
 
         body = self._rematerialised(body, scanned=self.scan)
+        kinds = block.kinds()
+        if self.scan and len(kinds) > 1:
+            raise UserError(
+                f"scan=True needs layers of one kind, not {len(kinds)}; set depth.scan=False"
+            )
         if self.scan:
             run = nn.scan(
                 body,
@@ -57,7 +65,8 @@ class Sequential(DepthProgram):
         else:
             states = []
             for i in range(num_layers):
-                layer = block.copy(parent=block.parent, name=f"block_{i}")
+                kind = kinds[i % len(kinds)]
+                layer = kind.copy(parent=block.parent, name=f"block_{i}")
                 x, state = body(layer, x, None if cache is None else cache[i])
                 states.append(state)
             states = None if cache is None else tuple(states)

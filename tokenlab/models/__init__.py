@@ -2,9 +2,21 @@
 
 from tokenlab.models.attention import Attention, Mixer
 from tokenlab.models.heads import Head, LinearHead, TiedHead
-from tokenlab.models.layers import FeedForward, Linear, RMSNorm, SwiGLU, rotate
+from tokenlab.models.layers import (
+    FeedForward,
+    GatedFeedForward,
+    GeGLU,
+    Linear,
+    LinearScaling,
+    Llama3Scaling,
+    RMSNorm,
+    RotaryScaling,
+    SwiGLU,
+    rotate,
+)
 from tokenlab.models.transformer import (
     Block,
+    BlockPattern,
     ModelOutput,
     Transformer,
     llama,
@@ -17,13 +29,19 @@ from tokenlab.models.transformer import (
 __all__ = [
     "Attention",
     "Block",
+    "BlockPattern",
     "FeedForward",
+    "GatedFeedForward",
+    "GeGLU",
     "Head",
     "Linear",
     "LinearHead",
+    "LinearScaling",
+    "Llama3Scaling",
     "Mixer",
     "ModelOutput",
     "RMSNorm",
+    "RotaryScaling",
     "SwiGLU",
     "TiedHead",
     "Transformer",

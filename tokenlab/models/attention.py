@@ -15,7 +15,7 @@ from kernels_pallas.block_sparse_attention import Causal, MaskRule, block_sparse
 from tokenlab.cache import CachePolicy
 from tokenlab.core.arrays import Array, Bool, Float, Hidden, Positions, Scalar, Segments
 from tokenlab.core.per_device import per_device
-from tokenlab.models.layers import Linear, RMSNorm, rotate
+from tokenlab.models.layers import Linear, RMSNorm, RotaryScaling, rotate
 
 _HEADS, _ROWS = ("batch", None, "heads", None), ("batch", None)
 # Whole sequences on every device: a query may see any key.
@@ -70,6 +70,9 @@ class Attention(Mixer):
         rule: which keys a query may see.
         impl: form of ``kernels_pallas.block_sparse_attention``; None takes the best that the
             platform has.
+        qkv_bias: whether queries, keys and values have biases.
+        rope_scaling: change of the rotary frequencies, or None.
+        scale: factor of the scores; None is head width ** -0.5.
     """
 
     num_heads: int
@@ -80,6 +83,9 @@ class Attention(Mixer):
     softcap: float | None = None
     rule: MaskRule = Causal()
     impl: Literal["ref", "xla", "tpu", "gpu"] | None = None
+    qkv_bias: bool = False
+    rope_scaling: RotaryScaling | None = None
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -126,7 +132,7 @@ class Attention(Mixer):
         attend = functools.partial(
             block_sparse_attention,
             rule=self.rule,
-            scale=width**-0.5,
+            scale=width**-0.5 if self.scale is None else self.scale,
             softcap=self.softcap,
             # A cache holds its entries in any order, which only the plain form takes.
             impl=self.impl if policy is None else "ref",
@@ -171,10 +177,11 @@ class Attention(Mixer):
     def _heads(
         self, x: Hidden, count: int, width: int, name: str, positions: Positions | None
     ) -> Float[Array, "B T H E"]:
-        flat = Linear(count * width, axes=("embed", "heads"), name=name)(x)
+        axes = ("embed", "heads")
+        flat = Linear(count * width, axes=axes, bias=self.qkv_bias, name=name)(x)
         heads = flat.reshape(*x.shape[:2], count, width)
         if positions is None:
             return heads
         if self.qk_norm is not None:
             heads = self.qk_norm.copy(parent=self, name=f"{name}_norm")(heads)
-        return rotate(heads, positions=positions, base=self.rope_base)
+        return rotate(heads, positions=positions, base=self.rope_base, scaling=self.rope_scaling)

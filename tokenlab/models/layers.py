@@ -6,6 +6,7 @@ Parameters are float32; every part computes in the dtype of its input.
 from __future__ import annotations
 
 import abc
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,17 @@ from tokenlab.core.parameters import dense_init, parameter
 
 
 class Linear(nn.Module):
-    """``y = x @ kernel``, without bias.
+    """``y = x @ kernel``, or ``y = x @ kernel + bias``.
 
     Attributes:
         features: output width.
         axes: logical names of the kernel's two axes.
+        bias: whether a bias is added.
     """
 
     features: int
     axes: tuple[str, str] = ("embed", "mlp")
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
@@ -33,6 +36,9 @@ class Linear(nn.Module):
         kernel = parameter(self, "kernel", dense_init, shape, self.axes)
         # One matrix of all tokens: XLA:CPU runs [B, T, D] @ [D, F] far below [B*T, D] @ [D, F].
         flat = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+        if self.bias:
+            bias = parameter(self, "bias", nn.initializers.zeros, shape[1:], self.axes[1:])
+            flat += bias.astype(x.dtype)[None]
         return flat.reshape(*x.shape[:-1], self.features)
 
 
@@ -58,8 +64,68 @@ class RMSNorm(nn.Module):
         return (wide * inverse * scale).astype(x.dtype)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryScaling(abc.ABC):
+    """The family of changes to rotary frequencies by which a model reads longer documents."""
+
+    @abc.abstractmethod
+    def __call__(self, frequency: Float[Array, " F"]) -> Float[Array, " F"]:
+        """The frequencies to turn by, in radians per position."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling(RotaryScaling):
+    """Divides every frequency, as if positions lay closer together.
+
+    Reference: Chen, Wong, Chen, Tian, "Extending Context Window of Large Language Models via
+    Positional Interpolation", 2023, arXiv:2306.15595.
+
+    Attributes:
+        factor: the divisor.
+    """
+
+    factor: float
+
+    def __call__(self, frequency: Float[Array, " F"]) -> Float[Array, " F"]:
+        """``frequency / factor``."""
+        return frequency / self.factor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling(RotaryScaling):
+    """Divides slow frequencies, keeps fast ones, and blends between.
+
+    With ``n = original_length * frequency / 2π`` turns within the original context,
+    ``s = clip((n - low) / (high - low), 0, 1)`` and ``frequency * (s + (1 - s) / factor)``.
+
+    Reference: Grattafiori et al., "The Llama 3 Herd of Models", 2024, arXiv:2407.21783; the formula
+    is that of the released code.
+
+    Attributes:
+        factor: divisor of slow frequencies.
+        low: turns below which a frequency is slow.
+        high: turns above which a frequency is fast.
+        original_length: context in tokens before the extension.
+    """
+
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original_length: int = 8192
+
+    def __call__(self, frequency: Float[Array, " F"]) -> Float[Array, " F"]:
+        """Frequencies by the number of turns they make."""
+        turns = self.original_length * frequency / (2 * jnp.pi)
+        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        return frequency * (kept + (1 - kept) / self.factor)
+
+
 def rotate(
-    x: Float[Array, "B T H E"], *, positions: Int[Array, "B T"], base: float
+    x: Float[Array, "B T H E"],
+    *,
+    positions: Int[Array, "B T"],
+    base: float,
+    scaling: RotaryScaling | None = None,
 ) -> Float[Array, "B T H E"]:
     """Rotary position embedding: turns pair ``(x_i, x_{i+E/2})`` by ``position * base^(-2i/E)``.
 
@@ -67,6 +133,7 @@ def rotate(
         x: queries or keys; E is even.
         positions: position of each token within its document.
         base: wavelength base of the slowest pair.
+        scaling: change of the frequencies.
 
     Reference:
         Su, Lu, Pan, Murtadha, Wen, Liu, "RoFormer: Enhanced Transformer with Rotary Position
@@ -74,6 +141,8 @@ def rotate(
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        frequency = scaling(frequency)
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -93,8 +162,8 @@ class FeedForward(nn.Module, abc.ABC):
         """Floating-point operations of the matrix products, per token of a width-D stream."""
 
 
-class SwiGLU(FeedForward):
-    """Gated feed-forward: ``(silu(x W_gate) * (x W_up)) W_down``.
+class GatedFeedForward(FeedForward):
+    """Gated feed-forward: ``(activation(x W_gate) * (x W_up)) W_down``.
 
     Reference: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
 
@@ -104,14 +173,37 @@ class SwiGLU(FeedForward):
 
     hidden_dim: int
 
+    @abc.abstractmethod
+    def activation(self, gate: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        """The nonlinearity of the gate."""
+
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
         """Applies the gated layer to every token."""
         gate = Linear(self.hidden_dim, name="gate")(x)
         up = Linear(self.hidden_dim, name="up")(x)
-        hidden = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
+        hidden = self.activation(gate) * up
+        hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
         return Linear(x.shape[-1], axes=("mlp", "embed"), name="down")(hidden)
 
     def flops(self, dim: int) -> int:
         """Three projections."""
         return 2 * 3 * dim * self.hidden_dim
+
+
+class SwiGLU(GatedFeedForward):
+    """Gated by ``silu(x) = x sigmoid(x)``."""
+
+    @nn.nowrap
+    def activation(self, gate: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        """``silu(gate)``."""
+        return nn.silu(gate)
+
+
+class GeGLU(GatedFeedForward):
+    """Gated by the tanh form of the Gaussian error linear unit, as Gemma is."""
+
+    @nn.nowrap
+    def activation(self, gate: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        """``gelu(gate)``, by tanh."""
+        return nn.gelu(gate, approximate=True)

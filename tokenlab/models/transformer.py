@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import flax.struct
 import jax
@@ -28,12 +28,19 @@ class Block(nn.Module):
         feedforward: mixes channels.
         norm: the norm before each of them.
         dropout: share of the residual updates dropped in training.
+        post_norm: the norm of each update before it is added, or None.
     """
 
     mixer: Mixer
     feedforward: FeedForward
     norm: RMSNorm = RMSNorm()
     dropout: float = 0.0
+    post_norm: RMSNorm | None = None
+
+    @nn.nowrap
+    def kinds(self) -> tuple[Block, ...]:
+        """The kinds of layer that take turns: this one alone."""
+        return (self,)
 
     @nn.compact
     def __call__(
@@ -52,10 +59,35 @@ class Block(nn.Module):
         update, cache = self.mixer(
             normed, positions=positions, segments=segments, policy=policy, cache=cache
         )
-        x = x + drop(update)
+        x = x + drop(self._post_normed(update, "mixer"))
         normed = self.norm.copy(parent=self, name="feedforward_norm")(x)
-        x = x + drop(self.feedforward(normed))
+        x = x + drop(self._post_normed(self.feedforward(normed), "feedforward"))
         return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), cache
+
+    def _post_normed(self, update: Hidden, part: str) -> Hidden:
+        if self.post_norm is None:
+            return update
+        return self.post_norm.copy(parent=self, name=f"{part}_post_norm")(update)
+
+
+class BlockPattern(nn.Module):
+    """Layers of several kinds that take turns: layer i is of kind ``i % len(blocks)``.
+
+    Attributes:
+        blocks: one layer of each place in a turn.
+    """
+
+    blocks: tuple[Block, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.blocks) < 2:
+            raise ValueError("a pattern has at least two blocks; give the model the one instead")
+        super().__post_init__()
+
+    @nn.nowrap
+    def kinds(self) -> tuple[Block, ...]:
+        """The kinds of layer that take turns."""
+        return tuple(self.blocks)
 
 
 @flax.struct.dataclass
@@ -80,7 +112,7 @@ class Transformer(nn.Module):
         vocab_size: rows of the embedding; must equal the tokenizer's.
         dim: model width D.
         num_layers: nominal layers; the depth program decides what runs.
-        block: the layer.
+        block: the layer, or the kinds of layer that take turns.
         depth: the program that runs the layers.
         head: the vocabulary projection.
         norm: the norm before the head.
@@ -92,7 +124,7 @@ class Transformer(nn.Module):
     vocab_size: int
     dim: int
     num_layers: int
-    block: Block
+    block: Block | BlockPattern
     depth: DepthProgram = Sequential()
     head: Head = TiedHead()
     norm: RMSNorm = RMSNorm()
@@ -165,15 +197,20 @@ class Transformer(nn.Module):
         per admitted pair; the projection costs ``2 * vocabulary * width`` per token.
         """
         valid = jnp.sum(segments > 0).astype(jnp.float32)
-        runs = jnp.sum(trace.depth).astype(jnp.float32)
-        pairs = self.block.mixer.pairs(active=trace.active, positions=positions, segments=segments)
-        per_token = self.block.mixer.flops(self.dim) + self.block.feedforward.flops(self.dim)
-        flops = runs * per_token + pairs * self.block.mixer.flops_per_pair(self.dim)
+        kinds = self.block.kinds()
+        flops = pairs = jnp.float32(0)
+        for number, kind in enumerate(kinds):
+            active = trace.active[number :: len(kinds)]
+            runs = jnp.sum(active).astype(jnp.float32)
+            admitted = kind.mixer.pairs(active=active, positions=positions, segments=segments)
+            per_token = kind.mixer.flops(self.dim) + kind.feedforward.flops(self.dim)
+            flops += runs * per_token + admitted * kind.mixer.flops_per_pair(self.dim)
+            pairs += admitted
         return Ledger(
             passes=jnp.float32(1),
             tokens=valid,
             slots=jnp.float32(segments.size),
-            block_tokens=runs,
+            block_tokens=jnp.sum(trace.depth).astype(jnp.float32),
             attended_pairs=pairs,
             flops=flops + valid * 2 * self.vocab_size * self.dim,
         )
@@ -182,18 +219,31 @@ class Transformer(nn.Module):
         """Empty caches of all layers.
 
         Raises:
-            ValueError: the mixer is not attention, which is all that a key-value cache serves.
+            ValueError: a mixer is not attention.
         """
-        mixer = self.block.mixer
-        if not isinstance(mixer, Attention):
-            raise ValueError(f"{type(mixer).__name__} keeps no keys and values to cache")
-        one = policy.init(
-            batch=batch,
-            num_kv_heads=mixer.num_kv_heads,
-            head_dim=mixer.width(self.dim),
-            dtype=self.dtype,
+        return tuple(
+            policy.init(
+                batch=batch,
+                num_kv_heads=mixer.num_kv_heads,
+                head_dim=mixer.width(self.dim),
+                dtype=self.dtype,
+            )
+            for mixer in self.attentions()
         )
-        return tuple(jax.tree.map(jnp.copy, one) for _ in range(self.num_layers))
+
+    @nn.nowrap
+    def attentions(self) -> tuple[Attention, ...]:
+        """The attention of every nominal layer.
+
+        Raises:
+            ValueError: a mixer is not attention, which is all that a key-value cache serves.
+        """
+        kinds = self.block.kinds()
+        mixers = [kinds[i % len(kinds)].mixer for i in range(self.num_layers)]
+        for mixer in mixers:
+            if not isinstance(mixer, Attention):
+                raise ValueError(f"{type(mixer).__name__} keeps no keys and values to cache")
+        return tuple(cast(list[Attention], mixers))
 
 
 def unrolled(model: Transformer, params: PyTree) -> tuple[Transformer, PyTree]:
