@@ -75,7 +75,7 @@ def expected(name):
         return jnp.asarray(arrays["tokens"], jnp.int32), arrays["logits"]
 
 
-def gguf_file(name, model, params, path, *, pre="gpt-2"):
+def gguf_file(name, model, params, path, *, pre="gpt-2", layers=None):
     """Writes ``params`` as a GGUF file: the other way round than the reader, by its own code."""
     family = family_named(name)
     writer = gguf.GGUFWriter(path, family.gguf)
@@ -83,7 +83,7 @@ def gguf_file(name, model, params, path, *, pre="gpt-2"):
     width = mixer.width(model.dim)
     windows = [m.rule.size for m in model.attentions() if hasattr(m.rule, "size")]
     bases = [m.rope_base for m in model.attentions() if not hasattr(m.rule, "size")]
-    writer.add_block_count(model.num_layers)
+    writer.add_block_count(layers or model.num_layers)
     writer.add_context_length(model.max_length)
     writer.add_embedding_length(model.dim)
     writer.add_feed_forward_length(model.block.kinds()[0].feedforward.hidden_dim)

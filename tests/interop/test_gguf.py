@@ -10,6 +10,7 @@ from tokenlab.core.errors import UserError
 from tokenlab.interop import load_pretrained
 from tokenlab.interop.gguf_file import GgufFile
 from tokenlab.interop.gguf_tokenizer import tokenizer_of
+from tokenlab.models import LinearScaling
 
 FAMILIES = pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3_text"])
 
@@ -66,20 +67,49 @@ def test_a_truncated_file_says_so(keep, tmp_path):
         load_pretrained(path)
 
 
-def test_what_a_file_lacks_or_has_too_much_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": 3}, r"tensor 'blk.2.\w+.weight' is missing; the checkpoint is not whole"),
+        ({"layers": 1}, r"tensor 'blk.1.\w+.weight' is not expected"),
+        ({"pre": "tekken"}, "pre-tokenizer 'tekken' of a GGUF file is not supported"),
+    ],
+)
+def test_what_a_file_lacks_or_has_too_much_is_named(options, message, tmp_path):
     model, params, _ = plain("llama", tmp_path)
-    short = model.clone(num_layers=1)
-    path = published.gguf_file("llama", short, params, tmp_path / "m.gguf")
-    file = GgufFile(path)
-    file.metadata["llama.block_count"] = 2
-    assert file.config()["num_hidden_layers"] == 2
-    file.metadata["general.architecture"] = "rwkv"
-    with pytest.raises(UserError, match="architecture 'rwkv' is not supported; these are: llama"):
-        file.config()
-    with pytest.raises(UserError, match="pre-tokenizer 'tekken' of a GGUF file is not supported"):
-        load_pretrained(
-            published.gguf_file("llama", short, params, tmp_path / "t.gguf", pre="tekken")
-        )
+    path = published.gguf_file("llama", model, params, tmp_path / "m.gguf", **options)
+    with pytest.raises(UserError, match=message):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"general.architecture": "rwkv"},
+            "architecture 'rwkv' is not supported; these are: llama",
+        ),
+        ({"llama.attention.head_count_kv": [1, 2]}, "layers of different shape in a GGUF file"),
+        ({"llama.attention.sliding_window": 8}, "a window in a GGUF file of llama is not supp"),
+        ({"llama.rope.scaling.type": "yarn"}, "rotary scaling 'yarn' is not supported"),
+        ({"llama.embedding_length": None}, "no whole number 'hidden_size'"),
+    ],
+)
+def test_metadata_that_cannot_be_computed_says_why(change, message, tmp_path):
+    model, params, _ = plain("llama", tmp_path)
+    file = GgufFile(published.gguf_file("llama", model, params, tmp_path / "m.gguf"))
+    assert file.family().model(file.config()) == model
+    file.metadata = {k: v for k, v in (file.metadata | change).items() if v is not None}
+    with pytest.raises(UserError, match=message):
+        file.family().model(file.config())
+
+
+def test_linear_scaling_is_read(tmp_path):
+    model, params, _ = plain("qwen3", tmp_path)
+    file = GgufFile(published.gguf_file("qwen3", model, params, tmp_path / "m.gguf"))
+    file.metadata |= {"qwen3.rope.scaling.type": "linear", "qwen3.rope.scaling.factor": 4.0}
+    found = file.family().model(file.config())
+    assert found.block.mixer.rope_scaling == LinearScaling(factor=4.0)
 
 
 @pytest.mark.parametrize(
