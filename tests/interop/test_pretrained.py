@@ -240,6 +240,18 @@ BROKEN = {
         edited(lambda c: c["rope_parameters"].pop("factor")),
         "rotary scaling 'llama3' lacks 'factor'",
     ),
+    "part of a head": (
+        edited(lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5)),
+        "rotary positions of a part of each head are not supported",
+    ),
+    "another kind": (
+        edited(lambda c: c.update(rope_parameters={"sliding_attention": {"rope_theta": 1e4}})),
+        "rope_parameters say nothing of layers of kind full_attention",
+    ),
+    "heads": (
+        edited(lambda c: c.update(num_key_value_heads=3)),
+        "describes no model: num_heads 4 is not a multiple of num_kv_heads 3",
+    ),
     "layer types": (
         edited(lambda c: c.update(layer_types=["full_attention", "linear_attention"])),
         "it must name 2, each full_attention or sliding_attention",

@@ -73,6 +73,12 @@ class Family:
             UserError: a setting is missing, or one that the library does not compute.
         """
         self._check(config)
+        try:
+            return self._model(config)
+        except ValueError as error:
+            raise UserError(f"the configuration describes no model: {error}") from None
+
+    def _model(self, config: Mapping[str, Any]) -> Transformer:
         dim, layers = config["hidden_size"], config["num_hidden_layers"]
         kinds = [self._block(config, kind) for kind in _period(self._kinds(config))]
         head = TiedHead if config.get("tie_word_embeddings", self.gemma) else LinearHead
@@ -125,7 +131,7 @@ class Family:
     def _check(self, config: Mapping[str, Any]) -> None:
         needed = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
         for key in [*needed, "vocab_size"]:
-            if not isinstance(config.get(key), int):
+            if not isinstance(value := config.get(key), int) or value < 1:
                 raise UserError(f"the configuration has no whole number {key!r}; it is not whole")
         key, value = self.activation
         for name, only in _ONLY.items() | {(key, value)}:

@@ -28,10 +28,13 @@ def rotary_of(
         sliding: whether these layers have a window.
 
     Raises:
-        UserError: the scaling is one that the library does not compute.
+        UserError: the scaling is one that the library does not compute, or none is given.
     """
     settings = config.get("rope_parameters") or {}
-    settings = settings.get(kind, settings)
+    if any(isinstance(value, Mapping) for value in settings.values()):
+        if kind not in settings:
+            raise UserError(f"rope_parameters say nothing of layers of kind {kind}")
+        settings = settings[kind]
     local = config.get("rope_local_base_freq") if sliding else None
     if settings:
         base = settings.get("rope_theta", config.get("rope_theta", 10_000.0))
@@ -76,6 +79,8 @@ def _setting(mixer: Attention) -> dict[str, Any]:
 
 def _scaling(settings: Mapping[str, Any]) -> RotaryScaling | None:
     kind = settings.get("rope_type", settings.get("type", "default"))
+    if settings.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("rotary positions of a part of each head are not supported")
     try:
         match kind:
             case "default":
