@@ -56,31 +56,10 @@ def case(
     if layout == "ring":
         filled[0] = slots + slots // 3
     q_positions = np.maximum(filled[:, None] - queries, 0) + np.arange(queries)[None]
-    q_segments = np.ones_like(q_positions)
-    number = np.broadcast_to(np.arange(slots), (BATCH, slots))
-    arrays = {}
-    positions, segments = number.copy(), np.ones_like(number)
-    held = number < filled[:, None]
-    if layout == "ring":
-        last = filled[:, None] - 1 - (filled[:, None] - 1 - number) % slots
-        positions = np.where((last >= 0) & (filled[:, None] > 0), last, -1)
-        held = positions >= 0
-        arrays["kv_positions"] = positions
-    elif layout == "segments":
-        segments = rng.integers(0, 3, number.shape)
-        q_segments = rng.integers(0, 3, q_positions.shape)
-        held &= segments > 0
-        arrays |= {"kv_segments": segments, "q_segments": q_segments, "lengths": filled}
-    else:
-        arrays["lengths"] = filled
-    pages = None
-    if layout == "paged":
-        pages = rng.permutation(BATCH * slots // page + 2)[: BATCH * slots // page]
-        pages = pages.reshape(BATCH, -1)
-        pages[0, 1:2] = -1
-        pages[np.arange(pages.shape[1])[None] * page >= filled[:, None]] = -1
-        held &= np.repeat(pages >= 0, page, axis=1)
-        arrays["pages"] = pages
+    arrays, positions, held = _laid_out(rng, layout, filled, slots, page, queries)
+    segments = arrays.get("kv_segments", np.ones_like(positions))
+    q_segments = arrays.get("q_segments", np.ones_like(q_positions))
+    pages = arrays.get("pages")
     ahead = q_positions[:, :, None] - positions[:, None]
     shown = held[:, None] & (ahead >= 0) & (ahead < (window or np.inf))
     shown &= (q_segments[:, :, None] == segments[:, None]) & (segments > 0)[:, None]
@@ -106,6 +85,29 @@ def case(
     return Case(
         arrays=whole, options=options, out=found[0], log_sum_exp=found[1], votes=votes, seen=seen
     )
+
+
+def _laid_out(rng, layout, filled, slots, page, queries):
+    """Arguments that say what lies where; positions of the slots; those that hold something."""
+    number = np.broadcast_to(np.arange(slots), (BATCH, slots))
+    held = number < filled[:, None]
+    if layout == "ring":
+        last = filled[:, None] - 1 - (filled[:, None] - 1 - number) % slots
+        positions = np.where((last >= 0) & (filled[:, None] > 0), last, -1)
+        return {"kv_positions": positions}, positions, positions >= 0
+    arrays = {"lengths": filled}
+    if layout == "segments":
+        segments = rng.integers(0, 3, number.shape)
+        arrays |= {"kv_segments": segments, "q_segments": rng.integers(0, 3, (BATCH, queries))}
+        held &= segments > 0
+    if layout == "paged":
+        pages = rng.permutation(BATCH * slots // page + 2)[: BATCH * slots // page]
+        pages = pages.reshape(BATCH, -1)
+        pages[0, 1:2] = -1
+        pages[np.arange(pages.shape[1])[None] * page >= filled[:, None]] = -1
+        held &= np.repeat(pages >= 0, page, axis=1)
+        arrays["pages"] = pages
+    return arrays, number, held
 
 
 def _selected(rng, lists, slots, unit, count):

@@ -11,6 +11,7 @@ from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels_pallas.block_sparse_attention import SlidingWindow
 from tokenlab import config
 from tokenlab.core.errors import UserError
 from tokenlab.files import experiment_of
@@ -100,6 +101,14 @@ def test_parts_are_swapped_by_class_name_and_nested():
     assert config.replace(changed, {"shape.inner.side": "4"}).shape.inner == Square(side=4.0)
     assert config.replace(Whole(), {"shape": "Circle"}).shape == Circle()
     assert config.replace(Whole(), {"either": "Part(count=2)"}).either == Part(count=2)
+
+
+def test_a_mask_rule_is_swapped_by_class_name():
+    quickstart = experiment_of(pathlib.Path("experiments/quickstart.py"))
+    changed = config.replace(quickstart, {"model.block.mixer.rule": "SlidingWindow(size=128)"})
+    assert changed.model.block.mixer.rule == SlidingWindow(size=128)
+    with pytest.raises(UserError, match="did you mean 'SlidingWindow'"):
+        config.replace(quickstart, {"model.block.mixer.rule": "SlideWindow(size=128)"})
 
 
 def test_mappings_take_changes_and_new_whole_parts():

@@ -5,6 +5,7 @@ lists at run time are all counted as they would run.
 """
 
 import collections
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -63,7 +64,8 @@ def kernel(
     arrays = [Operands(q_tokens, kv_tokens, q, k, k)]
     if which == "backward":
         arrays += [q, struct((sizes.batch, sizes.heads, 2, queries), jnp.float32)]
-    run = tpu_forward.run if which == "forward" else tpu_backward.fused
+    backward = functools.partial(tpu_backward.by_columns, queries=True)
+    run = tpu_forward.run if which == "forward" else backward
 
     def call(packed: Any, count: Any, *arrays: Any) -> Any:
         return run(static, pairs.Listed(packed, count if listed else entries), *arrays)
@@ -134,8 +136,8 @@ def _entries(shape, rule, block_q, block_k, blocks, *, by_rows: bool) -> pairs.L
     tokens = operands.padded_tokens(Tokens(positions, positions, ones, ones), block_q, block_k)
     if blocks is not None:
         blocks = distinct(blocks, -(-shape.length // block_k))
-    pairs_of = operands.row_pairs if by_rows else operands.column_pairs
-    found = pairs_of(rule, blocks, (block_q, block_k), shape.length, shape.length)
+    sizes = block_q, block_k
+    found = operands.pairs_of(rule, blocks, sizes, shape.length, shape.length, by_rows=by_rows)
     return pairs.packed(
         found, rule, tokens, block_q, block_k, by_rows=by_rows, shortened=blocks is not None
     )

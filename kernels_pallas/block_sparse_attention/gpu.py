@@ -194,8 +194,7 @@ def _sides(
     if blocks is not None:
         of_q, of_k = call.block_q // sizes[0], call.block_k // sizes[1]
         blocks = block_lists.finer(blocks, of_q, of_k, queries // sizes[0], keys // sizes[1])
-    listed = operands.row_pairs if by_rows else operands.column_pairs
-    found = listed(call.rule, blocks, sizes, queries, keys)
+    found = operands.pairs_of(call.rule, blocks, sizes, queries, keys, by_rows=by_rows)
     return Sides(
         *pairs.ranges(found, call.rule, tokens, *sizes, by_rows=by_rows),
         jnp.stack([tokens.q_positions, tokens.q_segments], axis=1),

@@ -152,11 +152,10 @@ def _compute_q(refs: _RefsQ, at: Place, static: Static) -> None:
         scores = parts.scores(static, products)
         weights = jnp.exp2(scores - parts.along_rows(log_sum_exp, scores.shape))
         if masked:
-            rows = at.inner_rows(refs.inner, step, tiles.inner)
-            tokens = parts.tokens(refs.kv_tokens, at.batch, rows, parts.BY_COLUMN)
-            visible = parts.visible(
-                static.rule, own_tokens, tokens, scores.shape, rows_are_queries=True
-            )
+            visible = at.visible(
+                static, refs.inner, refs.kv_tokens, step, own_tokens, scores.shape,
+                rows_are_queries=True,
+            )  # fmt: skip
             weights = jnp.where(visible, weights, 0.0)
         slopes = parts.slopes(static, weights, scores)
         by_products = slopes * (by_weights - parts.along_rows(subtracted, scores.shape))
@@ -247,9 +246,9 @@ def _compute_kv(refs: _RefsKV, at: Place, static: Static) -> None:
         plgpu.barrier_wait(refs.ready.at[slot])
 
         def visible(shape):
-            columns = at.inner_rows(refs.inner, step, tiles.inner)
-            tokens = parts.tokens(refs.q_tokens, at.batch, columns, parts.BY_COLUMN)
-            return parts.visible(static.rule, tokens, own_tokens, shape, rows_are_queries=False)
+            return at.visible(
+                static, refs.inner, refs.q_tokens, step, own_tokens, shape, rows_are_queries=False
+            )
 
         held = parts.anew(own_rows)
         totals = _plus_gradients(

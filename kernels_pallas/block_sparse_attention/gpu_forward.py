@@ -108,11 +108,10 @@ def _compute(refs: _Refs, at: Place, static: Static) -> None:
         plgpu.barrier_arrive(refs.k_free.at[slot])
         scores = parts.scores(static, products)
         if masked:
-            rows = at.inner_rows(refs.inner, step, tiles.inner)
-            tokens = parts.tokens(refs.kv_tokens, at.batch, rows, parts.BY_COLUMN)
-            visible = parts.visible(
-                static.rule, own_tokens, tokens, scores.shape, rows_are_queries=True
-            )
+            visible = at.visible(
+                static, refs.inner, refs.kv_tokens, step, own_tokens, scores.shape,
+                rows_are_queries=True,
+            )  # fmt: skip
             scores = jnp.where(visible, scores, parts.NEVER)
         (accumulated, *statistics), weights = _make_room(running, scores)
         plgpu.barrier_wait(refs.v_ready.at[slot])

@@ -160,6 +160,28 @@ class Place(NamedTuple):
         """Key head, where queries are outer."""
         return _quotient(self.head, group)
 
+    def visible(
+        self, static: Static, inner: Any, inner_tokens: Any, step: Array, own: tuple[Array, Array],
+        shape: tuple[int, ...], *, rows_are_queries: bool,
+    ) -> Array:  # fmt: skip
+        """The rule for every pair of an outer and an inner row, ``shape``.
+
+        Args:
+            static: of the kernel.
+            inner: ``Sides.inner``.
+            inner_tokens: of all inner rows.
+            step: says which inner tile.
+            own: positions and segments of the outer rows.
+            shape: of the result.
+            rows_are_queries: the outer rows are queries, not keys.
+        """
+        columns = self.inner_rows(inner, step, static.tiles.inner)
+        others = tokens(inner_tokens, self.batch, columns, BY_COLUMN)
+        outer = [along_rows(x, shape) for x in own]
+        passing = [along_columns(x, shape) for x in others]
+        queries, keys = (outer, passing) if rows_are_queries else (passing, outer)
+        return static.rule(queries[0], keys[0], queries[1], keys[1])
+
     def for_each(self, visit: Callable[..., Any], carry: Any) -> Any:
         """``visit(step, carry, masked=...)`` for every step, unmasked ones first."""
         nothing = jnp.int32(0)
@@ -286,23 +308,6 @@ def slopes(static: Static, weights: Array, in_base_2: Array) -> Array:
         return weights
     capped = in_base_2 * (math.log(2.0) / static.softcap)
     return weights * (1.0 - capped * capped)
-
-
-def visible(
-    rule: MaskRule, queries: tuple[Array, Array], keys: tuple[Array, Array], shape: tuple[int, ...],
-    *, rows_are_queries: bool,
-) -> Array:  # fmt: skip
-    """The rule for every pair, ``shape``."""
-    of_queries, of_keys = along_rows, along_columns
-    if not rows_are_queries:
-        of_queries, of_keys = of_keys, of_queries
-    (q_pos, q_seg), (kv_pos, kv_seg) = queries, keys
-    return rule(
-        of_queries(q_pos, shape),
-        of_keys(kv_pos, shape),
-        of_queries(q_seg, shape),
-        of_keys(kv_seg, shape),
-    )
 
 
 def _quotient(x: Array, by: int) -> Array:

@@ -49,7 +49,18 @@ class RangeRule(MaskRule, Protocol):
     """A rule that can tell from ranges of positions that it hides nothing.
 
     A kernel leaves out the mask of such a pair of blocks; of other rules it masks every pair.
+    Members derive from it.
     """
+
+    def __call__(
+        self,
+        q_pos: Int[Array, "..."],
+        kv_pos: Int[Array, "..."],
+        q_seg: Int[Array, "..."],
+        kv_seg: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """Same segment, not padding, and near."""
+        return (q_seg == kv_seg) & (kv_seg != 0) & self.near(q_pos, kv_pos)
 
     def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
         """Whether each query sees each key of its own segment."""
@@ -84,18 +95,8 @@ class IndexRule(MaskRule, Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bidirectional:
+class Bidirectional(RangeRule):
     """Every token sees its whole segment."""
-
-    def __call__(
-        self,
-        q_pos: Int[Array, "..."],
-        kv_pos: Int[Array, "..."],
-        q_seg: Int[Array, "..."],
-        kv_seg: Int[Array, "..."],
-    ) -> Bool[Array, "..."]:
-        """Same segment, not padding."""
-        return _same_segment(q_seg, kv_seg)
 
     def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
         """Always."""
@@ -119,18 +120,8 @@ class Bidirectional:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Causal:
+class Causal(RangeRule):
     """A token sees itself and earlier positions of its segment."""
-
-    def __call__(
-        self,
-        q_pos: Int[Array, "..."],
-        kv_pos: Int[Array, "..."],
-        q_seg: Int[Array, "..."],
-        kv_seg: Int[Array, "..."],
-    ) -> Bool[Array, "..."]:
-        """Same segment and ``kv_pos <= q_pos``."""
-        return _same_segment(q_seg, kv_seg) & self.near(q_pos, kv_pos)
 
     def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
         """``kv_pos <= q_pos``."""
@@ -154,7 +145,7 @@ class Causal:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SlidingWindow:
+class SlidingWindow(RangeRule):
     """A token sees the last ``size`` positions of its segment, itself among them.
 
     Attributes:
@@ -162,16 +153,6 @@ class SlidingWindow:
     """
 
     size: int
-
-    def __call__(
-        self,
-        q_pos: Int[Array, "..."],
-        kv_pos: Int[Array, "..."],
-        q_seg: Int[Array, "..."],
-        kv_seg: Int[Array, "..."],
-    ) -> Bool[Array, "..."]:
-        """Same segment and ``q_pos - size < kv_pos <= q_pos``."""
-        return _same_segment(q_seg, kv_seg) & self.near(q_pos, kv_pos)
 
     def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
         """``q_pos - size < kv_pos <= q_pos``."""
@@ -197,7 +178,7 @@ class SlidingWindow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SinkWindow:
+class SinkWindow(RangeRule):
     """A token sees the first ``sinks`` positions and the last ``size``, itself among them.
 
     Attributes:
@@ -211,16 +192,6 @@ class SinkWindow:
     sinks: int
     size: int
     positions_are_indices: ClassVar[bool] = True
-
-    def __call__(
-        self,
-        q_pos: Int[Array, "..."],
-        kv_pos: Int[Array, "..."],
-        q_seg: Int[Array, "..."],
-        kv_seg: Int[Array, "..."],
-    ) -> Bool[Array, "..."]:
-        """Same segment, and ``near``."""
-        return _same_segment(q_seg, kv_seg) & self.near(q_pos, kv_pos)
 
     def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
         """``kv_pos <= q_pos``, and ``kv_pos < sinks`` or ``q_pos - size < kv_pos``."""
@@ -247,7 +218,7 @@ class SinkWindow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Strided:
+class Strided(RangeRule):
     """A token sees, of its own unit of positions and every ``stride``-th before it, what is causal.
 
     Attributes:
@@ -263,16 +234,6 @@ class Strided:
     unit: int
     stride: int
     positions_are_indices: ClassVar[bool] = True
-
-    def __call__(
-        self,
-        q_pos: Int[Array, "..."],
-        kv_pos: Int[Array, "..."],
-        q_seg: Int[Array, "..."],
-        kv_seg: Int[Array, "..."],
-    ) -> Bool[Array, "..."]:
-        """Same segment, ``kv_pos <= q_pos``, and units that are a multiple of ``stride`` apart."""
-        return _same_segment(q_seg, kv_seg) & self.near(q_pos, kv_pos)
 
     def near(self, q_pos: Int[Array, "..."], kv_pos: Int[Array, "..."]) -> Bool[Array, "..."]:
         """``kv_pos <= q_pos``, and units that are a multiple of ``stride`` apart."""
@@ -303,10 +264,6 @@ class Strided:
         most = queries[1][:, None] - keys[0][None, :]
         multiple = most // self.stride * self.stride >= least
         return multiple & Causal().block_map(block_q, block_k, num_q, num_k)
-
-
-def _same_segment(q_seg: Int[Array, "..."], kv_seg: Int[Array, "..."]) -> Bool[Array, "..."]:
-    return (q_seg == kv_seg) & (kv_seg != 0)
 
 
 def _first(block: int, count: int) -> Int[np.ndarray, " count"]:

@@ -21,14 +21,16 @@ def padded_tokens(tokens: Tokens, block_q: int, block_k: int) -> Tokens:
     return Tokens(*(whole(x.astype(jnp.int32), n, 1) for x, n in zip(tokens, sizes, strict=True)))
 
 
-def row_pairs(
+def pairs_of(
     rule: MaskRule,
     blocks: Int[Array, "B Q N"] | None,
     sizes: tuple[int, int],
     queries: int,
     keys: int,
+    *,
+    by_rows: bool,
 ) -> pairs.Pairs:
-    """Pairs of blocks by their blocks of queries, from the lists or from the rule.
+    """Pairs of blocks, from the lists or from the rule.
 
     Args:
         rule: asked where there are no lists.
@@ -36,23 +38,14 @@ def row_pairs(
         sizes: queries and keys in a block.
         queries: how many there are.
         keys: how many there are.
+        by_rows: sorted by their blocks of queries, not of keys.
     """
-    if blocks is not None:
+    if blocks is None:
+        visible = block_lists.static_map(rule, *sizes, queries, keys)
+        return pairs.static_rows(visible) if by_rows else pairs.static_columns(visible)
+    if by_rows:
         return pairs.listed_rows(blocks)
-    return pairs.static_rows(block_lists.static_map(rule, *sizes, queries, keys))
-
-
-def column_pairs(
-    rule: MaskRule,
-    blocks: Int[Array, "B Q N"] | None,
-    sizes: tuple[int, int],
-    queries: int,
-    keys: int,
-) -> pairs.Pairs:
-    """The same pairs as :func:`row_pairs`, by their blocks of keys."""
-    if blocks is not None:
-        return pairs.listed_columns(blocks, block_lists.count(keys, sizes[1]))
-    return pairs.static_columns(block_lists.static_map(rule, *sizes, queries, keys))
+    return pairs.listed_columns(blocks, block_lists.count(keys, sizes[1]))
 
 
 def inner_products(

@@ -144,13 +144,14 @@ def _backward(passes: _Passes, residuals, cotangents):
     per_query = operands.whole(per_query.transpose(0, 3, 1, 2), static.block_q, 3)
     cotangent = operands.whole(jnp.swapaxes(cotangent, 1, 2), static.block_q, 2)
     columns = _entries(static, tokens, blocks, q, k, by_rows=False)
-    if tpu_backward.fits(sides):
-        to_q, to_k, to_v = tpu_backward.fused(static, columns, sides, cotangent, per_query)
-        to_q = (to_q * static.scale).astype(q.dtype)
-    else:
+    to_q, to_k, to_v = tpu_backward.by_columns(
+        static, columns, sides, cotangent, per_query, queries=tpu_backward.fits(sides)
+    )
+    if to_q is None:
         rows = _entries(static, tokens, blocks, q, k, by_rows=True)
         to_q = tpu_backward.by_queries(static, rows, sides, cotangent, per_query)
-        to_k, to_v = tpu_backward.by_keys(static, columns, sides, cotangent, per_query)
+    else:
+        to_q = (to_q * static.scale).astype(q.dtype)
     to_q, to_k, to_v = (jnp.swapaxes(x, 1, 2) for x in (to_q, to_k, to_v))
     return to_q[:, : q.shape[1]], to_k[:, : k.shape[1]], to_v[:, : k.shape[1]], None, None
 
@@ -159,9 +160,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _entries(static: Static, tokens: Tokens, blocks, q, k, *, by_rows: bool) -> pairs.Listed:
-    listed = operands.row_pairs if by_rows else operands.column_pairs
-    found = listed(static.rule, blocks, static.sizes, q.shape[1], k.shape[1])
+    sizes = static.sizes
+    found = operands.pairs_of(static.rule, blocks, sizes, q.shape[1], k.shape[1], by_rows=by_rows)
     shortened = blocks is not None
-    return pairs.packed(
-        found, static.rule, tokens, *static.sizes, by_rows=by_rows, shortened=shortened
-    )
+    return pairs.packed(found, static.rule, tokens, *sizes, by_rows=by_rows, shortened=shortened)

@@ -1,6 +1,6 @@
 """The backward kernels: one for all gradients, or two where those of the queries overflow VMEM.
 
-Scores are recomputed. The kernels that walk along columns have keys on sublanes and queries on
+Scores are recomputed. What walks along columns has keys on sublanes and queries on
 lanes, so that only the product for the queries turns a matrix of scores.
 """
 
@@ -36,19 +36,29 @@ def fits(operands: Operands) -> bool:
     return twice * 4 * group * queries * lanes <= _RESIDENT_BYTES
 
 
-def fused(
-    static: Static, listed: pairs.Listed, operands: Operands, cotangent: Array, per_query: Array
-) -> tuple[Array, Array, Array]:
-    """Gradients by queries (float32, up to ``scale``), keys and values, along columns."""
+def by_columns(
+    static: Static,
+    listed: pairs.Listed,
+    operands: Operands,
+    cotangent: Array,
+    per_query: Array,
+    *,
+    queries: bool,
+) -> tuple[Array | None, Array, Array]:
+    """Gradients by queries (float32, up to ``scale``; None unless asked for), keys and values."""
     specs = Specs(static, listed, operands, by_rows=False)
     rows, group = static.block_k, specs.group
+    of_queries = jax.ShapeDtypeStruct(operands.q.shape, jnp.float32) if queries else None
     return pl.pallas_call(
-        functools.partial(_fused_kernel, static=static, count=specs.pairs, group=group),
+        functools.partial(_by_columns_kernel, static=static, count=specs.pairs, group=group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(specs.batch, specs.kv_heads, specs.steps, group),
             in_specs=[*specs.all(), specs.vectors(queries=True), specs.per_query(2)],
-            out_specs=[specs.per_group(), *[specs.vectors(queries=False)] * 2],
+            out_specs=[
+                specs.per_group() if queries else None,
+                *[specs.vectors(queries=False)] * 2,
+            ],
             scratch_shapes=[
                 pltpu.VMEM((rows, specs.width), jnp.float32),
                 pltpu.VMEM((rows, specs.width), jnp.float32),
@@ -56,7 +66,7 @@ def fused(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(operands.q.shape, jnp.float32),
+            of_queries,
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (operands.k, operands.v)),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -64,11 +74,11 @@ def fused(
             vmem_limit_bytes=VMEM_BYTES,
         ),
         interpret=static.interpret,
-        name="block_sparse_attention_backward",
+        name="block_sparse_attention_backward" + ("" if queries else "_kv"),
     )(listed.entries, *operands, cotangent, per_query)
 
 
-def _fused_kernel(
+def _by_columns_kernel(
     entries,
     q_tokens,
     kv_tokens,
@@ -94,9 +104,11 @@ def _fused_kernel(
     queries = tiles.span(pairs.inner(entry), static.block_q)
     keys = tiles.span(pairs.outer(entry), static.block_k)
 
-    @pl.when((pl.program_id(2) == 0) & (head == 0))
-    def _():
-        to_q[...] = jnp.zeros_like(to_q)
+    if to_q is not None:
+
+        @pl.when((pl.program_id(2) == 0) & (head == 0))
+        def _():
+            to_q[...] = jnp.zeros_like(to_q)
 
     @pl.when((entry & pairs.FIRST != 0) & (head == 0))
     def _():
@@ -110,17 +122,15 @@ def _fused_kernel(
     def accumulate(masks: tiles.Masks):
         scores = tiles.scores(static, tiles.product_nt(k[...], q[...]))
         columns = tiles.Side.of_columns(kv_positions, kv_tokens, keys)
-        rows = tiles.Side.of_rows(q_tokens, queries)
-        shown = tiles.shown(static, masks, scores, rows, columns)
+        shown = tiles.shown(static, masks, scores, tiles.Side.of_rows(q_tokens, queries), columns)
         weights = jnp.exp2(shown - per_query[head, :1, queries])
         accumulated_v[...] += tiles.product_nn(weights.astype(cotangent.dtype), cotangent[...])
         by_weights = tiles.product_nt(v[...], cotangent[...])
-        by_scores = tiles.by_products(
-            static, weights * (by_weights - per_query[head, 1:, queries]), scores
-        )
-        by_scores = by_scores.astype(q.dtype)
+        slopes = weights * (by_weights - per_query[head, 1:, queries])
+        by_scores = tiles.by_products(static, slopes, scores).astype(q.dtype)
         accumulated_k[...] += tiles.product_nn(by_scores, q[...])
-        to_q[head, queries] += tiles.product_tn(by_scores, k[...])
+        if to_q is not None:
+            to_q[head, queries] += tiles.product_tn(by_scores, k[...])
 
     tiles.for_live(static, entry, accumulate)
 
@@ -208,87 +218,3 @@ def _by_queries_kernel(
     @pl.when(entry & pairs.LAST != 0)
     def _():
         to_q[...] = (accumulated[...] * static.scale).astype(to_q.dtype)
-
-
-def by_keys(
-    static: Static, listed: pairs.Listed, operands: Operands, cotangent: Array, per_query: Array
-) -> tuple[Array, Array]:
-    """Gradients by keys and values, along columns."""
-    specs = Specs(static, listed, operands, by_rows=False)
-    rows = static.block_k
-    return pl.pallas_call(
-        functools.partial(_by_keys_kernel, static=static, count=specs.pairs, group=specs.group),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(specs.batch, specs.kv_heads, specs.steps, specs.group),
-            in_specs=[*specs.all(), specs.vectors(queries=True), specs.per_query(2)],
-            out_specs=[specs.vectors(queries=False)] * 2,
-            scratch_shapes=[
-                pltpu.VMEM((rows, specs.width), jnp.float32),
-                pltpu.VMEM((rows, specs.width), jnp.float32),
-                pltpu.VMEM((rows, math.gcd(static.block_q, LANES)), jnp.int32),
-            ],
-        ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (operands.k, operands.v)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES,
-        ),
-        interpret=static.interpret,
-        name="block_sparse_attention_backward_kv",
-    )(listed.entries, *operands, cotangent, per_query)
-
-
-def _by_keys_kernel(
-    entries,
-    q_tokens,
-    kv_tokens,
-    q,
-    k,
-    v,
-    cotangent,
-    per_query,
-    to_k,
-    to_v,
-    accumulated_k,
-    accumulated_v,
-    kv_positions,
-    *,
-    static: Static,
-    count: int,
-    group: int,
-):
-    """Keys on sublanes, queries on lanes; heads of a group one after the other at each pair."""
-    entry = entries[pl.program_id(0) * count + pl.program_id(2)]
-    head = pl.program_id(3)
-    queries = tiles.span(pairs.inner(entry), static.block_q)
-    keys = tiles.span(pairs.outer(entry), static.block_k)
-
-    @pl.when((entry & pairs.FIRST != 0) & (head == 0))
-    def _():
-        accumulated_k[...] = jnp.zeros_like(accumulated_k)
-        accumulated_v[...] = jnp.zeros_like(accumulated_v)
-
-    @pl.when((entry & pairs.TURN != 0) & (head == 0))
-    def _():
-        kv_positions[...] = tiles.column(kv_tokens[:1, keys], kv_positions.shape[1])
-
-    def accumulate(masks: tiles.Masks):
-        scores = tiles.scores(static, tiles.product_nt(k[...], q[...]))
-        columns = tiles.Side.of_columns(kv_positions, kv_tokens, keys)
-        rows = tiles.Side.of_rows(q_tokens, queries)
-        shown = tiles.shown(static, masks, scores, rows, columns)
-        weights = jnp.exp2(shown - per_query[head, :1, queries])
-        accumulated_v[...] += tiles.product_nn(weights.astype(cotangent.dtype), cotangent[...])
-        by_weights = tiles.product_nt(v[...], cotangent[...])
-        by_scores = tiles.by_products(
-            static, weights * (by_weights - per_query[head, 1:, queries]), scores
-        )
-        accumulated_k[...] += tiles.product_nn(by_scores.astype(q.dtype), q[...])
-
-    tiles.for_live(static, entry, accumulate)
-
-    @pl.when((entry & pairs.LAST != 0) & (head == group - 1))
-    def _():
-        to_k[...] = (accumulated_k[...] * static.scale).astype(to_k.dtype)
-        to_v[...] = accumulated_v[...].astype(to_v.dtype)

@@ -48,6 +48,14 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
+def automatic_axes() -> dict[str, int]:
+    """Axes of the current mesh along which the compiler splits arrays itself, with their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    manual = jax.sharding.AxisType.Manual
+    return {name: size for name, size, how in axes if size > 1 and how != manual}
+
+
 def needs(kind: str, interpret: Any) -> str | None:
     """Why a Pallas kernel for platform ``kind`` cannot run here, or ``None``.
 
@@ -61,12 +69,7 @@ def needs(kind: str, interpret: Any) -> str | None:
         return None
     if platform() != kind:
         return f"it needs a {kind.upper()}, this is a {platform()}; config.interpret runs anywhere"
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = {
-        name: size
-        for name, size, how in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if size > 1 and how != jax.sharding.AxisType.Manual
-    }
+    automatic = automatic_axes()
     if automatic:
         return f"mesh axes {automatic} are not manual; call it inside jax.shard_map over them"
     return None

@@ -11,26 +11,19 @@ Where warpgroups hand registers to each other, ``registers`` is what a thread st
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib
-import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from kernels_pallas.common.aot import GPUS, CannotCompile, compile_gpu
+from kernels_pallas.common.aot import GPUS
+from kernels_pallas.common.programs import compile_apart, shape_parser
 
-_MODULE = "kernels_pallas.common.resources"  # __name__ is another one when it is the command
 _KERNEL = re.compile(r"Compiling entry function '(\w+?)(?:_mosaic_gpu_kernel)?' for '(\w+)'")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads\s*$", re.MULTILINE)
-_ERROR = re.compile(r"^\S*(?:Error|CannotCompile): .*$", re.MULTILINE)
 _SHARED = re.compile(r"dynamic_shared_memory_size %c(\d+)_i32")
 
 
@@ -91,8 +84,7 @@ def resources(program: str, *, gpu: str = "h100", **options: Any) -> list[GpuRes
     """Compiles a program in a new process and reads what its kernels take.
 
     Args:
-        program: ``module:function``; the function takes ``options`` and returns what
-            ``compile_gpu`` takes: a function and a tuple of its arguments.
+        program: ``module:function`` (see :mod:`kernels_pallas.common.programs`).
         gpu: one of ``aot.GPUS``.
         **options: JSON-able.
 
@@ -100,29 +92,9 @@ def resources(program: str, *, gpu: str = "h100", **options: Any) -> list[GpuRes
         CannotCompile: the compiler refuses, or is not installed; the message is its last line.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = {
-            "JAX_PLATFORMS": "cpu",
-            "MOSAIC_GPU_DUMP_TO": folder,
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-        }
-        command = [sys.executable, "-m", _MODULE, "--compile", program, gpu]
-        done = subprocess.run(
-            [*command, json.dumps(options)],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            said = _ERROR.findall(done.stderr) or [done.stderr]
-            raise CannotCompile(f"{program} for {gpu}: {said[-1]}")
+        environment = {"MOSAIC_GPU_DUMP_TO": folder, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        compile_apart(program, {"gpu": gpu}, environment, options)
         return read(pathlib.Path(folder))
-
-
-def _compile(program: str, gpu: str, options: str) -> None:
-    module, _, name = program.partition(":")
-    make = vars(importlib.import_module(module))[name]
-    function, arguments = make(**json.loads(options))
-    compile_gpu(function, *arguments, gpu=gpu)
 
 
 def table(found: Sequence[GpuResources]) -> str:
@@ -137,16 +109,8 @@ def table(found: Sequence[GpuResources]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and prints the table."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["--compile"]:
-        _compile(*arguments[1:])
-        return
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("op", help="such as block_sparse_attention")
-    parser.add_argument("--shape", required=True, help="a name of the op's specs.GPU_SHAPES")
+    parser = shape_parser(__doc__ or "")
     parser.add_argument("--gpu", default="h100", choices=GPUS)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--backward", action="store_true", help="the backward pass as well")
     options = parser.parse_args(arguments)
     found = resources(
         f"kernels_pallas.{options.op}.specs:program",

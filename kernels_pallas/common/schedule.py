@@ -13,24 +13,18 @@ is still busy holds a bundle back, so cycles here are a lower bound.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib
 import itertools
-import json
 import math
-import os
 import pathlib
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kernels_pallas.common.aot import TPUS, CannotCompile, compile_tpu
+from kernels_pallas.common.aot import TPUS
+from kernels_pallas.common.programs import compile_apart, shape_parser
 
-_MODULE = "kernels_pallas.common.schedule"  # __name__ is another one when it is the command
 _BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(?:LH|LB|LE|PB|PF|CT)?\s*:\s")
 _BRANCH = re.compile(r"sbr\.\w+ .*?target = \$region(\d+)")
 _REGION = re.compile(r"(?:Start|Start/End empty) region (\d+)")
@@ -226,35 +220,17 @@ def schedules(program: str, *, topology: str = TPUS["v5e"], **options: Any) -> l
     The compiler writes schedules only if it is told so before libtpu is loaded.
 
     Args:
-        program: ``module:function``; the function takes ``options`` and returns what
-            ``compile_tpu`` takes: a function and a tuple of its arguments.
+        program: ``module:function`` (see :mod:`kernels_pallas.common.programs`).
         topology: of the absent slice.
         **options: JSON-able.
 
     Raises:
-        CannotCompile: the compiler refuses, or is not installed; the message is its first line.
+        CannotCompile: the compiler refuses, or is not installed; the message is its last line.
     """
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        environment = {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags}
-        command = [sys.executable, "-m", _MODULE, "--compile", program, topology]
-        done = subprocess.run(
-            [*command, json.dumps(options)],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "rror" in line] or [done.stderr]
-            raise CannotCompile(f"{program} for {topology}: {said[-1]}")
+        compile_apart(program, {"topology": topology}, {"LIBTPU_INIT_ARGS": flags}, options)
         return read(pathlib.Path(folder))
-
-
-def _compile(program: str, topology: str, options: str) -> None:
-    module, _, name = program.partition(":")
-    make = vars(importlib.import_module(module))[name]
-    function, arguments = make(**json.loads(options))
-    compile_tpu(function, *arguments, topology=topology)
 
 
 def table(found: Sequence[Schedule]) -> str:
@@ -273,16 +249,8 @@ def table(found: Sequence[Schedule]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and prints the table."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["--compile"]:
-        _compile(*arguments[1:])
-        return
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("op", help="such as linear_cross_entropy")
-    parser.add_argument("--shape", required=True, help="a name of the op's specs.SHAPES")
+    parser = shape_parser(__doc__)
     parser.add_argument("--topology", default=TPUS["v5e"])
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--backward", action="store_true", help="the backward pass as well")
     options = parser.parse_args(arguments)
     found = schedules(
         f"kernels_pallas.{options.op}.specs:program",

@@ -4,13 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.block_sparse_attention import Causal, partial_attention
 from kernels_pallas.block_sparse_attention.specs import GPU_SHAPES
+from tests.attending import Even, both_sides
 
 
 def _multiply(x_ref, y_ref, out_ref, sum_ref):
@@ -65,17 +65,6 @@ def broken():
     return run, (jax.ShapeDtypeStruct((8, 200), jnp.float32),)
 
 
-@dataclasses.dataclass(frozen=True)
-class Even:
-    """A rule that is no ``RangeRule``, so that every pair is masked: keys at even positions."""
-
-    def __call__(self, q_pos, kv_pos, q_seg, kv_seg):
-        return (q_seg == kv_seg) & (kv_seg != 0) & (kv_pos % 2 == 0) & (q_pos >= 0)
-
-    def block_map(self, block_q, block_k, num_q, num_k):
-        return np.ones((num_q, num_k), bool)
-
-
 def attention(*, shape, dtype="bfloat16", even=False, softcap=None, block_shape=None, width=None):
     """The gradient of ``gpu`` attention, with what is not in its named shapes."""
     named = GPU_SHAPES[shape]
@@ -89,8 +78,8 @@ def attention(*, shape, dtype="bfloat16", even=False, softcap=None, block_shape=
     def loss(arrays, positions, segments, *lists):
         (q, k, v), (blocks,) = arrays, lists or (None,)
         out, log_sum_exp = partial_attention(
-            q=q, k=k, v=v, q_positions=positions, kv_positions=positions, q_segments=segments,
-            kv_segments=segments, rule=Even() if even else Causal(), scale=0.1, softcap=softcap,
+            q=q, k=k, v=v, **both_sides(positions, segments), softcap=softcap, scale=0.1,
+            rule=Even() if even else Causal(),
             blocks=blocks, block_shape=tuple(block_shape or (128, 128)), impl="gpu",
         )  # fmt: skip
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(log_sum_exp)

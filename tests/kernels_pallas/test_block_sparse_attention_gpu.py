@@ -1,6 +1,5 @@
 """The Hopper kernels against the reference: interpreted here, and run where there is a GPU."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attending import Even, documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreting_gpu import PLAIN, STRICT, extended
@@ -24,17 +24,6 @@ from kernels_pallas.block_sparse_attention import (
 from kernels_pallas.common import dispatch
 
 
-@dataclasses.dataclass(frozen=True)
-class Even:
-    """A rule that is no ``RangeRule``: keys at even positions, in any block."""
-
-    def __call__(self, q_pos, kv_pos, q_seg, kv_seg):
-        return (q_seg == kv_seg) & (kv_seg != 0) & (kv_pos % 2 == 0) & (q_pos >= 0)
-
-    def block_map(self, block_q, block_k, num_q, num_k):
-        return np.ones((num_q, num_k), bool)
-
-
 @pytest.fixture(params=["interpreted", pytest.param("hardware", marks=pytest.mark.gpu)])
 def interpret(request):
     """The ``interpret`` of the kernels: an interpreter, or none."""
@@ -45,14 +34,6 @@ def interpret(request):
         pytest.skip("needs a GPU")
     else:
         yield False
-
-
-def _tokens(lengths, length):
-    """One row of documents of those lengths, padding after them."""
-    lengths = [*lengths, length - sum(lengths)]
-    positions = np.concatenate([np.arange(n) for n in lengths])
-    segments = np.repeat([*range(1, len(lengths)), 0], lengths)
-    return jnp.asarray(positions)[None], jnp.asarray(segments)[None]
 
 
 def _arrays(queries, keys=None, heads=2, kv_heads=1, width=64, dtype=jnp.bfloat16, batch=1):
@@ -117,7 +98,7 @@ def _assert_close(arrays, cotangents, *tokens, interpret, **options: Any):
 def test_values_and_gradients_agree_with_ref(interpret, rule, options, softcap):
     """Two documents, of which one crosses tiles, and padding; ragged in tiles of 64 and 128."""
     arrays, cotangents = _arrays(150, **options)
-    tokens = _tokens([50, 90], 150)
+    tokens = documents([50, 90], 150)
     _assert_close(arrays, cotangents, tokens, rule=rule, softcap=softcap, interpret=interpret)
 
 
@@ -127,7 +108,7 @@ def test_lists_in_any_order_with_other_keys_than_queries(interpret, block_shape)
     lists = [[[1, -1, 0, 1], [-1, -1, -1, -1]], [[2, 0, -1, 9], [1, 2, -1, -1]]]
     lists = jnp.asarray(lists)[:, : blocks.count(100, block_shape[0])]
     arrays, cotangents = _arrays(100, 300, batch=2)
-    q_tokens, kv_tokens = ([x.repeat(2, 0) for x in _tokens([n - 9], n)] for n in (100, 300))
+    q_tokens, kv_tokens = ([x.repeat(2, 0) for x in documents([n - 9], n)] for n in (100, 300))
     q_tokens[0] = q_tokens[0] + 100
     options = {"lists": lists, "block_shape": block_shape, "interpret": interpret}
     _assert_close(arrays, cotangents, q_tokens, kv_tokens, rule=Causal(), **options)
@@ -136,7 +117,7 @@ def test_lists_in_any_order_with_other_keys_than_queries(interpret, block_shape)
 def test_queries_that_see_nothing_are_zero_and_so_are_their_gradients(interpret):
     arrays, cotangents = _arrays(150)
     for lengths in ([90, 40], []):
-        tokens = _tokens(lengths, 150)
+        tokens = documents(lengths, 150)
         padding = np.asarray(tokens[1] == 0)
         (out, log_sum_exp), gradients = _both(
             arrays, cotangents, tokens, impl="gpu", rule=Causal(), interpret=interpret
@@ -151,7 +132,7 @@ def test_queries_that_see_nothing_are_zero_and_so_are_their_gradients(interpret)
 def test_huge_scores_do_not_overflow(interpret):
     (q, k, v), cotangents = _arrays(70)
     options = {"rule": Causal(), "interpret": interpret}
-    tokens = _tokens([70], 70)
+    tokens = documents([70], 70)
     (out, _), gradients = _both((q * 1e4, k, v), cotangents, tokens, impl="gpu", **options)
     exact = tuple(x.astype(jnp.float32) for x in (q * 1e4, k, v))
     expected = _both(exact, (cotangents[0].astype(jnp.float32), cotangents[1]), tokens,
@@ -162,7 +143,7 @@ def test_huge_scores_do_not_overflow(interpret):
 
 def test_a_row_out_of_order_is_nan_and_the_others_are_right(interpret):
     arrays, cotangents = _arrays(150, batch=2)
-    positions, segments = (jnp.concatenate([x, x]) for x in _tokens([50, 90], 150))
+    positions, segments = (jnp.concatenate([x, x]) for x in documents([50, 90], 150))
     tokens = (positions.at[0, :50].set(positions[0, :50][::-1]), segments)
     run = functools.partial(_both, arrays, cotangents, tokens, rule=Causal())
     ours, _ = run(impl="gpu", interpret=interpret)
@@ -177,14 +158,14 @@ def test_nothing_races_and_every_slot_is_filled_again(length, width):
     """Up to six steps in two slots; in wide heads two warpgroups read the same keys."""
     arrays, cotangents = _arrays(length, width=width)
     with extended() as kernels:
-        tokens = _tokens([length - 30], length)
+        tokens = documents([length - 30], length)
         _assert_close(arrays, cotangents, tokens, rule=Causal(), interpret=STRICT)
     assert [kernel.races_found for kernel in kernels] == [False] * 3
 
 
 def test_what_cannot_run_is_said(monkeypatch):
     (q, k, v), cotangents = _arrays(70)
-    tokens = _tokens([70], 70)
+    tokens = documents([70], 70)
     run = functools.partial(_both, rule=Causal(), impl="gpu")
     with pytest.raises(ValueError, match="needs a GPU, this is a cpu"):
         run((q, k, v), cotangents, tokens)
@@ -206,7 +187,7 @@ def test_what_cannot_run_is_said(monkeypatch):
 
 
 def _tokens_of_both(lengths, length):
-    positions, segments = _tokens(lengths, length)
+    positions, segments = documents(lengths, length)
     return blocks.Tokens(positions, positions, segments, segments)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attending import Even, both_sides, documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreting import STRICT
@@ -32,25 +33,6 @@ from kernels_pallas.common import aot
 CAUSAL = Causal()
 
 
-@dataclasses.dataclass(frozen=True)
-class Even:
-    """A rule that is no ``RangeRule``: keys at even positions, in any block."""
-
-    def __call__(self, q_pos, kv_pos, q_seg, kv_seg):
-        return (q_seg == kv_seg) & (kv_seg != 0) & (kv_pos % 2 == 0) & (q_pos >= 0)
-
-    def block_map(self, block_q, block_k, num_q, num_k):
-        return np.ones((num_q, num_k), bool)
-
-
-def _tokens(lengths, length):
-    """One row of documents of those lengths, padding after them."""
-    lengths = [*lengths, length - sum(lengths)]
-    positions = np.concatenate([np.arange(n) for n in lengths])
-    segments = np.repeat([*range(1, len(lengths)), 0], lengths)
-    return jnp.asarray(positions)[None], jnp.asarray(segments)[None]
-
-
 def _arrays(length, heads=4, kv_heads=2, width=8, dtype=jnp.float32, batch=1):
     keys = jax.random.split(jax.random.key(0), 5)
     q_shape, kv_shape = (batch, length, heads, width), (batch, length, kv_heads, width)
@@ -69,10 +51,7 @@ def _attend(arrays, tokens, rule, impl, softcap=None, lists=None, **config: Any)
         q=q,
         k=k,
         v=v,
-        q_positions=positions,
-        kv_positions=positions,
-        q_segments=segments,
-        kv_segments=segments,
+        **both_sides(positions, segments),
         rule=rule,
         scale=q.shape[-1] ** -0.5,
         softcap=softcap,
@@ -117,7 +96,7 @@ def test_values_and_gradients_agree_with_ref(rule, kv_heads, softcap):
     """Two documents and padding, ragged in blocks of 8 queries and 16 keys."""
     arrays, cotangents = _arrays(43, kv_heads=kv_heads)
     run = functools.partial(
-        _both, arrays, cotangents, _tokens([9, 26], 43), rule=rule, softcap=softcap
+        _both, arrays, cotangents, documents([9, 26], 43), rule=rule, softcap=softcap
     )
     ours = run(impl="tpu", block_q=8, block_k=16, interpret=True)
     _assert_equal(ours, run(impl="ref"))
@@ -128,7 +107,7 @@ def test_gradients_of_long_rows_take_two_kernels(monkeypatch, kv_heads):
     """Where those of the queries overflow VMEM; here nothing fits. Nothing races there either."""
     monkeypatch.setattr(tpu_backward, "_RESIDENT_BYTES", 0)
     arrays, cotangents = _arrays(23, kv_heads=kv_heads)
-    run = functools.partial(_both, arrays, cotangents, _tokens([9, 11], 23))
+    run = functools.partial(_both, arrays, cotangents, documents([9, 11], 23))
     # No other test has these blocks: what is compiled is kept, the limit is no part of its key.
     options = {"impl": "tpu", "block_q": 16, "block_k": 24, "interpret": STRICT}
     made = str(jax.make_jaxpr(functools.partial(run, **options))())
@@ -140,7 +119,7 @@ def test_gradients_of_long_rows_take_two_kernels(monkeypatch, kv_heads):
 def test_nothing_races_and_nothing_unwritten_is_read(listed):
     arrays, cotangents = _arrays(23)
     lists = jnp.asarray([[[0, -1], [1, 0], [-1, -1]]]) if listed else None
-    run = functools.partial(_both, arrays, cotangents, _tokens([9, 11], 23), lists=lists)
+    run = functools.partial(_both, arrays, cotangents, documents([9, 11], 23), lists=lists)
     sizes = {"block_q": 8, "block_k": 8}
     ours = jax.block_until_ready(run(impl="tpu", interpret=STRICT, **sizes))
     assert interpret_pallas_call.races is not None
@@ -151,14 +130,14 @@ def test_nothing_races_and_nothing_unwritten_is_read(listed):
 def test_whole_lanes_and_several_tiles_of_them():
     """Blocks of 128 and 256, as on hardware: statistics along lanes repeat and sum by tiles."""
     arrays, cotangents = _arrays(640, heads=2, kv_heads=1, width=160)
-    run = functools.partial(_both, arrays, cotangents, _tokens([300, 320], 640))
+    run = functools.partial(_both, arrays, cotangents, documents([300, 320], 640))
     ours = run(impl="tpu", block_q=128, block_k=256, interpret=True)
     _assert_equal(ours, run(impl="ref"), 3e-5)
 
 
 def test_bfloat16_rounds_only_probabilities_and_results():
     arrays, cotangents = _arrays(43, dtype=jnp.bfloat16)
-    tokens = _tokens([9, 26], 43)
+    tokens = documents([9, 26], 43)
     ours = _both(arrays, cotangents, tokens, impl="tpu", block_q=8, block_k=8, interpret=True)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, cotangents))
     expected = _both(*exact, tokens, impl="ref")
@@ -171,7 +150,7 @@ def test_bfloat16_rounds_only_probabilities_and_results():
 def test_queries_that_see_nothing_are_zero_and_so_are_their_gradients():
     arrays, cotangents = _arrays(23)
     for lengths in ([9, 4], []):
-        tokens = _tokens(lengths, 23)
+        tokens = documents(lengths, 23)
         padding = np.asarray(tokens[1] == 0)
         (out, log_sum_exp), gradients = _both(
             arrays, cotangents, tokens, impl="tpu", block_q=8, block_k=8, interpret=True
@@ -185,7 +164,7 @@ def test_queries_that_see_nothing_are_zero_and_so_are_their_gradients():
 
 def test_huge_scores_do_not_overflow():
     (q, k, v), cotangents = _arrays(23)
-    run = functools.partial(_both, (q * 1e4, k, v), cotangents, _tokens([23], 23))
+    run = functools.partial(_both, (q * 1e4, k, v), cotangents, documents([23], 23))
     (out, _), gradients = run(impl="tpu", block_q=8, block_k=8, interpret=True)
     np.testing.assert_allclose(out, run(impl="ref")[0][0], atol=1e-3)
     assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
@@ -193,7 +172,7 @@ def test_huge_scores_do_not_overflow():
 
 def test_a_row_out_of_order_is_nan_and_the_others_are_right():
     arrays, cotangents = _arrays(23, batch=2)
-    positions, segments = (jnp.concatenate([x, x]) for x in _tokens([9, 11], 23))
+    positions, segments = (jnp.concatenate([x, x]) for x in documents([9, 11], 23))
     tokens = (positions.at[0, :9].set(positions[0, :9][::-1]), segments)
     run = functools.partial(_both, arrays, cotangents, tokens)
     ours, _ = run(impl="tpu", block_q=8, block_k=8, interpret=True)
@@ -205,7 +184,7 @@ def test_a_row_out_of_order_is_nan_and_the_others_are_right():
 
 def test_vmap_agrees():
     arrays, _ = _arrays(23, batch=2)
-    rows = _tokens([9, 11], 23), _tokens([23], 23)
+    rows = documents([9, 11], 23), documents([23], 23)
     tokens = tuple(map(jnp.concatenate, zip(*rows, strict=True)))
     options = {"block_q": 8, "block_k": 8, "interpret": True}
 
@@ -234,13 +213,13 @@ def test_vmap_agrees():
 def test_any_mask_length_block_and_group(rule, lengths, padding, block_q, block_k, kv_heads):
     length = sum(lengths) + padding
     arrays, cotangents = _arrays(length, kv_heads=kv_heads)
-    run = functools.partial(_both, arrays, cotangents, _tokens(lengths, length), rule=rule)
+    run = functools.partial(_both, arrays, cotangents, documents(lengths, length), rule=rule)
     ours = run(impl="tpu", block_q=block_q, block_k=block_k, interpret=True)
     _assert_equal(ours, run(impl="ref"))
 
 
 def _entries(listed, rule, lengths, length, block, *, by_rows):
-    positions, segments = _tokens(lengths, length)
+    positions, segments = documents(lengths, length)
     tokens = blocks.Tokens(positions, positions, segments, segments)
     return np.asarray(pairs.packed(listed, rule, tokens, block, block, by_rows=by_rows).entries)
 
@@ -285,7 +264,7 @@ def test_columns_of_lists_hold_what_their_rows_hold():
 
 def test_what_cannot_run_is_said():
     arrays, _ = _arrays(23)
-    tokens = _tokens([23], 23)
+    tokens = documents([23], 23)
     with pytest.raises(ValueError, match="needs a TPU"):
         _attend(arrays, tokens, Causal(), "tpu")
     mixed = (arrays[0], arrays[1].astype(jnp.bfloat16), arrays[2])
@@ -359,13 +338,25 @@ def test_the_longest_rows_of_one_backward_kernel_fit(topology):
     static = tpu_operands.Static(CAUSAL, 1.0, None, block, block, False)
     arrays = operands(length)
     aot.compile_tpu(
-        lambda entries, *rest: tpu_backward.fused(static, pairs.Listed(entries, 300), *rest),
+        lambda entries, *rest: tpu_backward.by_columns(
+            static, pairs.Listed(entries, 300), *rest, queries=True
+        ),
         struct((300,), jnp.int32),
         arrays,
         arrays.q,
         struct((1, 1, 2, length), jnp.float32),
         topology=aot.TPUS[topology],
     )
+
+
+@pytest.mark.parametrize("topology", ["v5e", "tpu7x"])
+def test_two_backward_kernels_compile(topology, monkeypatch):
+    monkeypatch.setattr(tpu_backward, "_RESIDENT_BYTES", 0)
+    shape = TPU_SHAPES["tpu-4096-grouped"]
+    compiled = _compile.__wrapped__(shape, jnp.bfloat16, topology)
+    if topology == "v5e":  # for others the compiler writes no text of programs of this size
+        for kernel in ("forward", "backward_q", "backward_kv"):
+            assert f"block_sparse_attention_{kernel}" in compiled.as_text()
 
 
 def test_scores_are_never_in_main_memory():

@@ -88,22 +88,6 @@ def test_whole_lanes_and_groups_of_heads():
     _assert_equal(_attend(made, _kernel(block=256)), (made.out, made.log_sum_exp), 3e-6)
 
 
-@pytest.fixture
-def copied(monkeypatch):
-    """Bytes of every copy that the interpreter makes, as it makes it."""
-    sizes = []
-    run = interpreter.DMA.execute_read
-
-    def counted(self):
-        fresh = self.data is None
-        run(self)
-        if fresh:
-            sizes.append(self.data_size)
-
-    monkeypatch.setattr(interpreter.DMA, "execute_read", counted)
-    return sizes
-
-
 COUNTED = _kernel(pltpu.InterpretParams(), block=32)
 WIDTH = 128
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attending import both_sides, documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,10 +107,7 @@ def _attend(arrays, positions, segments, *, rule, impl):
             q=q,
             k=k,
             v=v,
-            q_positions=positions,
-            kv_positions=positions,
-            q_segments=segments,
-            kv_segments=segments,
+            **both_sides(positions, segments),
             rule=rule,
             scale=0.4,
             impl=impl,
@@ -120,13 +118,6 @@ def _attend(arrays, positions, segments, *, rule, impl):
     return out, pull_back(jax.tree.map(jnp.ones_like, out))
 
 
-def _row(lengths, length):
-    """One row of documents of those lengths, then padding."""
-    positions = np.concatenate([np.arange(n) for n in [*lengths, length - sum(lengths)]])
-    segments = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, length - sum(lengths)])
-    return jnp.asarray(positions)[None], jnp.asarray(segments)[None]
-
-
 def _arrays(length):
     keys = jax.random.split(jax.random.key(0), 3)
     return tuple(jax.random.normal(key, (1, length, 2, 8)) for key in keys)
@@ -135,7 +126,7 @@ def _arrays(length):
 @pytest.mark.parametrize("impl", ["xla", "tpu"])
 @pytest.mark.parametrize("rule", NEW, ids=str)
 def test_attention_under_a_rule_agrees_with_ref(rule, impl):
-    arrays, tokens = _arrays(43), _row([37], 43)
+    arrays, tokens = _arrays(43), documents([37], 43)
     ours = _attend(arrays, *tokens, rule=rule, impl=impl)
     expected = _attend(arrays, *tokens, rule=rule, impl="ref")
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
@@ -147,5 +138,5 @@ def test_where_positions_are_no_indices_the_result_is_nan_and_never_wrong(impl):
     """A second document, whose first tokens every later one of it would see."""
     rule = NEW[0]
     assert isinstance(rule, IndexRule) and not isinstance(Causal(), IndexRule)
-    (out, log_sum_exp), _ = _attend(_arrays(43), *_row([20, 17], 43), rule=rule, impl=impl)
+    (out, log_sum_exp), _ = _attend(_arrays(43), *documents([20, 17], 43), rule=rule, impl=impl)
     assert bool(jnp.all(jnp.isnan(out)) & jnp.all(jnp.isnan(log_sum_exp)))

@@ -184,18 +184,7 @@ def test_the_race_detector_sees_two_blocks_that_meet():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_only_the_words_that_are_named_are_copied(dtype, monkeypatch):
-    """Counts the bytes of the kernels' own copies as they are made."""
-    copied = []
-    run = interpreter.DMA.execute_read
-
-    def counted(self):
-        fresh = self.data is None
-        run(self)
-        if fresh:
-            copied.append(self.data_size)
-
-    monkeypatch.setattr(interpreter.DMA, "execute_read", counted)
+def test_only_the_words_that_are_named_are_copied(dtype, copied):
     length, slots, width = 96, 64, 128
     arrays = _arrays((1, length, slots, width), (dtype, dtype), [slots])
     index = np.asarray(arrays[3])[0]

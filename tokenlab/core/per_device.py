@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
+from kernels_pallas.common.dispatch import automatic_axes
 from tokenlab.core.arrays import Array
 
 Axes = tuple[str | None, ...]
@@ -28,12 +29,7 @@ def mesh_axes(name: str, *sizes: int) -> tuple[str, ...]:
         sizes: of every dimension that bears the name; a mesh axis that does not divide them all,
             and those behind it, are left out.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        axis: size
-        for axis, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if size > 1 and kind != AxisType.Manual
-    }
+    free = automatic_axes()
     mapped = dict(nn.get_logical_axis_rules()).get(name) or ()
     common = math.gcd(*sizes)
     chosen: list[str] = []
@@ -52,7 +48,7 @@ def per_device(
     *,
     axes: Mapping[str, Axes],
     out: Axes,
-    **arrays: Array | None,
+    **arrays: Array,
 ) -> Any:
     """``operation(**arrays)``, each device on its part; the plain call where there is one device.
 
@@ -64,18 +60,12 @@ def per_device(
             be that part of its result.
         axes: logical axes of each array's dimensions.
         out: logical axes of the result, or of each of several.
-        **arrays: the arrays; one may be None.
+        **arrays: the arrays.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    split = [
-        size > 1 and kind != AxisType.Manual
-        for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    ]
-    if not any(split):
+    if not automatic_axes():
         return operation(**arrays)
-    present = {name: array for name, array in arrays.items() if array is not None}
     sizes: dict[str, list[int]] = {}
-    for name, array in present.items():
+    for name, array in arrays.items():
         for axis, size in zip(axes[name], array.shape, strict=True):
             if axis is not None:
                 sizes.setdefault(axis, []).append(size)
@@ -84,11 +74,10 @@ def per_device(
     def spec(names: Axes) -> PartitionSpec:
         return PartitionSpec(*(placed[name] if name else None for name in names))
 
-    absent = {name: None for name in arrays if name not in present}
     return jax.shard_map(
-        lambda present: operation(**present, **absent),
-        in_specs=({name: spec(axes[name]) for name in present},),
+        lambda arrays: operation(**arrays),
+        in_specs=({name: spec(axes[name]) for name in arrays},),
         out_specs=spec(out),
         # Kernels do not say along which axes their results vary.
         check_vma=False,
-    )(present)
+    )(arrays)

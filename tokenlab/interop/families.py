@@ -101,7 +101,7 @@ class Family:
         mixer = _attention(full)
         types = [_FULL if _window(kind) is None else _SLIDING for kind in kinds]
         windows = {window for kind in kinds if (window := _window(kind)) is not None}
-        config = {
+        config: dict[str, Any] = {
             "architectures": [self.architecture],
             "model_type": self.name,
             "vocab_size": model.vocab_size,
@@ -110,7 +110,7 @@ class Family:
             "num_attention_heads": mixer.num_heads,
             "num_key_value_heads": mixer.num_kv_heads,
             "head_dim": mixer.width(model.dim),
-            "intermediate_size": getattr(full.feedforward, "hidden_dim", 0),
+            "intermediate_size": _feedforward(full).hidden_dim,
             "rms_norm_eps": model.norm.epsilon,
             "max_position_embeddings": model.max_length,
             "tie_word_embeddings": isinstance(model.head, TiedHead),
@@ -206,16 +206,28 @@ FAMILIES = (
 )
 
 
-def family_named(name: object, *, key: str = "name") -> Family:
-    """The family whose attribute ``key`` is ``name``.
+def family_named(name: object) -> Family:
+    """The family that a ``config.json`` calls so.
 
     Raises:
         UserError: there is none.
     """
-    for family in FAMILIES:
-        if getattr(family, key) == name:
-            return family
-    known = ", ".join(getattr(family, key) for family in FAMILIES)
+    return _named(name, {family.name: family for family in FAMILIES})
+
+
+def family_of_gguf(name: object) -> Family:
+    """The family whose architecture a GGUF file calls so.
+
+    Raises:
+        UserError: there is none.
+    """
+    return _named(name, {family.gguf: family for family in FAMILIES})
+
+
+def _named(name: object, families: Mapping[str, Family]) -> Family:
+    if isinstance(name, str) and name in families:
+        return families[name]
+    known = ", ".join(families)
     raise UserError(f"architecture {name!r} is not supported; these are: {known}")
 
 
@@ -259,6 +271,12 @@ def _attention(block: Block) -> Attention:
     if not isinstance(block.mixer, Attention):
         raise UserError(f"{type(block.mixer).__name__} is in no published family; use Attention")
     return block.mixer
+
+
+def _feedforward(block: Block) -> GatedFeedForward:
+    if not isinstance(block.feedforward, GatedFeedForward):
+        raise UserError(f"{type(block.feedforward).__name__} is in no published family")
+    return block.feedforward
 
 
 def _norm(config: Mapping[str, Any]) -> RMSNorm:

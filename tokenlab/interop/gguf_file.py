@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 
 from tokenlab.core.errors import UserError
-from tokenlab.interop.families import Family, family_named
+from tokenlab.interop.families import Family, family_of_gguf
 
 # configuration key -> key of the metadata, without its architecture.
 _KEYS = {
@@ -61,7 +61,7 @@ class GgufFile:
         Raises:
             UserError: the architecture is unknown.
         """
-        return family_named(self.metadata.get("general.architecture"), key="gguf")
+        return family_of_gguf(self.metadata.get("general.architecture"))
 
     def config(self) -> dict[str, Any]:
         """The configuration, as :meth:`Family.model` reads it."""
