@@ -58,6 +58,9 @@ OLD, NEW = [3.0, 3.2, 3.1], [2.0, 2.1, 2.1]  # advantages 1.0, 1.1, 1.0
         ({"new": OLD, "old": NEW}, {"better": "higher"}, True),
         ({"new": NEW, "old": OLD}, {"margin": 0.88}, True),  # the interval begins at 0.89
         ({"new": NEW, "old": OLD}, {"margin": 0.9}, False),
+        ({"new": NEW, "old": OLD}, {"margin": 0.3, "relative": True}, True),  # 0.33, 0.34, 0.32
+        ({"new": NEW, "old": OLD}, {"margin": 0.33, "relative": True}, False),
+        ({"new": OLD, "old": OLD}, {"margin": -0.1}, True),  # a loss of 0.1 would be allowed
         ({"new": [2.0, 3.5, 1.0], "old": [3.0, 3.2, 3.1]}, {}, False),  # too much noise
         ({"new": NEW, "old": NEW}, {}, False),  # equal is not better
         ({"new": [1.0], "old": [100.0]}, {}, False),  # one seed shows nothing

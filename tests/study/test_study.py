@@ -11,7 +11,7 @@ from rich.console import Console
 from tokenlab import config
 from tokenlab.core.errors import UserError
 from tokenlab.data import PaddedText
-from tokenlab.study import Claim, Study, interval, run_study
+from tokenlab.study import Bound, Claim, Measured, Study, Trial, interval, run_study
 from tokenlab.study.study import tables
 
 
@@ -126,3 +126,61 @@ def test_a_study_that_cannot_be_judged_is_refused_before_it_trains(
     with pytest.raises(UserError, match=message):
         run(make(**changes), tmp_path / "study")
     assert not (tmp_path / "study").exists()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawn(Trial):
+    """A figure that is known, and a cost."""
+
+    level: float
+    kept: float = 4.0
+
+    def measure(self, *, seed):
+        Drawn.measured += 1
+        return Measured(figures={"recall/share": self.level + seed}, costs={"kept": self.kept})
+
+
+def drawn(**changes):
+    usual = Study(
+        name="drawn",
+        question="Is high above low?",
+        arms={"high": Drawn(level=2.0), "low": Drawn(level=1.0), "other": Drawn(level=0, kept=9)},
+        matched="kept",
+        claims=(
+            Claim(arm="high", than="low", metric="recall/share", better="higher", margin=0.9),
+            Bound(arm="other", metric="recall/share", limit=-9.0),
+            Bound(arm="other", metric="recall/share", limit=0.2, side="below"),
+        ),
+        seeds=(0, 1),
+    )
+    return dataclasses.replace(usual, **changes)
+
+
+def test_trials_are_measured_once_and_judged(tmp_path):
+    Drawn.measured = 0
+    result, _ = run(drawn(), tmp_path)
+    assert result.figures == {
+        "recall/share": {"high": [2.0, 3.0], "low": [1.0, 2.0], "other": [0.0, 1.0]}
+    }
+    assert [v.holds for v in result.verdicts] == [True, True, False]
+    assert result.ledger["other"] == {"kept": 9.0}  # compared with none, so it may cost more
+    assert run(drawn(), tmp_path)[0].figures == result.figures and Drawn.measured == 6
+    changed = drawn(arms=dict(drawn().arms, high=Drawn(level=5.0)))
+    assert run(changed, tmp_path)[0].figures["recall/share"]["high"] == [5.0, 6.0]
+    assert Drawn.measured == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"claims": (Claim(arm="high", than="other", metric="recall/share"),)},
+            "not matched in kept",
+        ),
+        ({"claims": (Bound(arm="high", metric="recall/loss", limit=0),)}, "it has recall/share"),
+        ({"matched": "flops"}, "high has no 'flops'; it has kept"),
+    ],
+)  # fmt: skip
+def test_trials_that_cannot_be_judged_are_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        run(drawn(**changes), tmp_path)

@@ -21,7 +21,7 @@ class Verdict(NamedTuple):
         measured: mean over seeds of the advantage (a comparison) or of the figure (a bound).
         low: lower end of its 95 % confidence interval.
         high: upper end.
-        needed: what the interval has to exceed.
+        needed: what the interval has to lie above (or below, where a bound says so).
         holds: whether it does.
     """
 
@@ -45,7 +45,8 @@ class Claim:
         than: the arm it is compared with at equal seeds.
         metric: ``evaluation/figure``.
         better: which direction is better.
-        margin: advantage to exceed, in units of the metric.
+        margin: advantage to exceed, in units of the metric; below 0 where a loss is allowed.
+        relative: whether the advantage is a share of the other arm's figure instead.
     """
 
     arm: str
@@ -53,14 +54,50 @@ class Claim:
     metric: str
     better: Literal["lower", "higher"] = "lower"
     margin: float = 0.0
+    relative: bool = False
+
+    def arms(self) -> tuple[str, ...]:
+        """The arms it speaks of, which have to be matched."""
+        return (self.arm, self.than)
 
     def judge(self, figures: Figures) -> Verdict:
         """The verdict over figures of ``metric`` by arm, seeds in the same order."""
         difference = np.subtract(figures[self.than], figures[self.arm])
         advantage = difference if self.better == "lower" else -difference
+        if self.relative:
+            advantage = advantage / np.abs(figures[self.than])
         mean, low, high = interval(advantage.tolist())
-        words = f"{self.arm}: {self.better} {self.metric} than {self.than} by {self.margin:g}"
+        by = f"{100 * self.margin:g} %" if self.relative else f"{self.margin:g}"
+        words = f"{self.arm}: {self.better} {self.metric} than {self.than} by {by}"
         return Verdict(words, mean, low, high, self.margin, low > self.margin)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bound:
+    """A figure of one arm lies above, or below, a limit, over all of its 95 % interval.
+
+    Attributes:
+        arm: the arm.
+        metric: ``evaluation/figure``.
+        limit: the limit, in units of the metric.
+        side: where the figure lies.
+    """
+
+    arm: str
+    metric: str
+    limit: float
+    side: Literal["above", "below"] = "above"
+
+    def arms(self) -> tuple[str, ...]:
+        """The arm it speaks of."""
+        return (self.arm,)
+
+    def judge(self, figures: Figures) -> Verdict:
+        """The verdict over figures of ``metric`` by arm."""
+        mean, low, high = interval(figures[self.arm])
+        holds = low > self.limit if self.side == "above" else high < self.limit
+        words = f"{self.arm}: {self.metric} {self.side} {self.limit:g}"
+        return Verdict(words, mean, low, high, self.limit, holds)
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,7 +16,8 @@ from tokenlab.core.errors import UserError
 from tokenlab.core.ledger import Ledger
 from tokenlab.experiment import Experiment
 from tokenlab.plots.study import plot_study
-from tokenlab.study.claims import Claim, Verdict, interval
+from tokenlab.study.claims import Bound, Claim, Verdict, interval
+from tokenlab.study.trial import Measured, Trial
 from tokenlab.train.folder import write_json
 from tokenlab.train.loop import train
 
@@ -29,17 +31,18 @@ class Study:
     Attributes:
         name: names the folder.
         question: one sentence that the study answers.
-        arms: experiments by name; they differ in what is studied.
-        matched: ledger column in which all arms are equal to one per cent.
+        arms: experiments or trials by name; they differ in what is studied.
+        matched: ledger column, or cost of the trials, in which the arms that a claim compares are
+            equal to one per cent.
         claims: what should come out.
         seeds: every arm runs with each of them.
     """
 
     name: str
     question: str
-    arms: Mapping[str, Experiment]
+    arms: Mapping[str, Experiment | Trial]
     matched: str
-    claims: tuple[Claim, ...]
+    claims: tuple[Claim | Bound, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -50,7 +53,7 @@ class StudyResult:
     Attributes:
         study: the study.
         figures: metric -> arm -> one figure per seed.
-        ledger: arm -> ledger columns of one run.
+        ledger: arm -> ledger columns, or costs, of one run.
         verdicts: one per claim.
     """
 
@@ -93,23 +96,23 @@ def run_study(study: Study, folder: pathlib.Path, *, console: Console) -> StudyR
     _check_names(study)
     figures: dict[str, dict[str, list[float]]] = {}
     ledger: dict[str, Mapping[str, float]] = {}
-    for arm, experiment in study.arms.items():
+    for arm, part in study.arms.items():
         for seed in study.seeds:
             console.print(f"{study.name}: {arm}, seed {seed}")
-            seeded = config.replace(experiment, {"seed": seed})
-            outcome = train(seeded, folder / f"{arm}-{seed}", console=console)
-            if not outcome.finished:
-                raise KeyboardInterrupt
-            ledger[arm] = outcome.ledger
-            for evaluation, values in outcome.evals.items():
-                for figure, value in values.items():
-                    by_arm = figures.setdefault(f"{evaluation}/{figure}", {})
-                    by_arm.setdefault(arm, []).append(value)
+            where = folder / f"{arm}-{seed}"
+            if isinstance(part, Trial):
+                measured = _tried(part, seed, where, console)
+            else:
+                measured = _trained(part, seed, where, console)
+            ledger[arm] = measured.costs
+            for metric, value in measured.figures.items():
+                figures.setdefault(metric, {}).setdefault(arm, []).append(value)
     _check_matched(study, ledger)
     for claim in study.claims:
-        if claim.metric not in figures:
-            shown = ", ".join(figures)
-            raise UserError(f"study {study.name} measures no {claim.metric!r}; it has {shown}")
+        for arm in claim.arms():
+            if arm not in figures.get(claim.metric, ()):
+                shown = ", ".join(metric for metric, arms in figures.items() if arm in arms)
+                raise UserError(f"study {study.name} measures no {claim.metric!r}; it has {shown}")
     verdicts = tuple(claim.judge(figures[claim.metric]) for claim in study.claims)
     result = StudyResult(study=study, figures=figures, ledger=ledger, verdicts=verdicts)
     record = result.record()
@@ -118,14 +121,46 @@ def run_study(study: Study, folder: pathlib.Path, *, console: Console) -> StudyR
     return result
 
 
+def _trained(experiment: Experiment, seed: int, folder: pathlib.Path, console: Console) -> Measured:
+    outcome = train(config.replace(experiment, {"seed": seed}), folder, console=console)
+    if not outcome.finished:
+        raise KeyboardInterrupt
+    figures = {
+        f"{evaluation}/{figure}": value
+        for evaluation, values in outcome.evals.items()
+        for figure, value in values.items()
+    }
+    return Measured(figures=figures, costs=outcome.ledger)
+
+
+def _tried(trial: Trial, seed: int, folder: pathlib.Path, console: Console) -> Measured:
+    """The figures that an earlier call left, or new ones."""
+    path, fingerprint = folder / "trial.json", config.fingerprint(trial)
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        if kept["trial"] == fingerprint:
+            console.print(f"  measured before: {path}", soft_wrap=True)
+            return Measured(figures=kept["figures"], costs=kept["costs"])
+    measured = trial.measure(seed=seed)
+    figures = {name: float(value) for name, value in measured.figures.items()}
+    costs = {name: float(value) for name, value in measured.costs.items()}
+    write_json(path, {"trial": fingerprint, "figures": figures, "costs": costs})
+    return Measured(figures=figures, costs=costs)
+
+
 def _check_names(study: Study) -> None:
-    """Finds before any arm is trained what could not be judged after all of them are."""
-    columns = [field.name for field in dataclasses.fields(Ledger)]
-    wanted: list[tuple[str, str, Iterable[str]]] = [("ledger column", study.matched, columns)]
+    """Finds before any arm is run what could not be judged after all of them are."""
+    trained = {name: arm for name, arm in study.arms.items() if isinstance(arm, Experiment)}
+    wanted: list[tuple[str, str, Iterable[str]]] = []
+    if trained:
+        columns = [field.name for field in dataclasses.fields(Ledger)]
+        wanted.append(("ledger column", study.matched, columns))
     for claim in study.claims:
         evaluation = claim.metric.partition("/")[0]
-        wanted += [("arm", arm, study.arms) for arm in (claim.arm, claim.than)]
-        wanted += [("evaluation", evaluation, arm.evals) for arm in study.arms.values()]
+        wanted += [("arm", arm, study.arms) for arm in claim.arms()]
+        wanted += [
+            ("evaluation", evaluation, trained[arm].evals) for arm in claim.arms() if arm in trained
+        ]
     for kind, name, known in wanted:
         if name not in known:
             raise UserError(f"study {study.name} has no {kind} {name!r}; it has {', '.join(known)}")
@@ -134,10 +169,15 @@ def _check_names(study: Study) -> None:
 
 
 def _check_matched(study: Study, ledger: Mapping[str, Mapping[str, float]]) -> None:
-    totals = {arm: columns[study.matched] for arm, columns in ledger.items()}
-    if max(totals.values()) > (1 + MATCH_TOLERANCE) * min(totals.values()):
-        shown = ", ".join(f"{arm} {total:.4g}" for arm, total in totals.items())
-        raise UserError(f"study {study.name}: arms are not matched in {study.matched}: {shown}")
+    for arm, costs in ledger.items():
+        if study.matched not in costs:
+            shown = ", ".join(costs)
+            raise UserError(f"study {study.name}: {arm} has no {study.matched!r}; it has {shown}")
+    for claim in study.claims:
+        totals = {arm: ledger[arm][study.matched] for arm in claim.arms()}
+        if max(totals.values()) > (1 + MATCH_TOLERANCE) * min(totals.values()):
+            shown = ", ".join(f"{arm} {total:.4g}" for arm, total in totals.items())
+            raise UserError(f"study {study.name}: arms are not matched in {study.matched}: {shown}")
 
 
 def tables(result: StudyResult) -> list[Table]:
@@ -147,6 +187,9 @@ def tables(result: StudyResult) -> list[Table]:
     for arm, columns in result.ledger.items():
         cells = []
         for metric in metrics:
+            if arm not in result.figures[metric]:
+                cells.append("")
+                continue
             mean, low, _ = interval(result.figures[metric][arm])
             cells.append(f"{mean:.4f} ± {mean - low:.4f}")
         arms.add_row(arm, f"{columns[result.study.matched]:.4g}", *cells)
