@@ -18,6 +18,7 @@ from tokenlab.decode import (
     Categorical,
     FirstTokens,
     Greedy,
+    History,
     MinP,
     Processor,
     Sampler,
@@ -97,8 +98,18 @@ def test_the_tables_hold_every_public_member():
     assert public(Sampler) == set(SAMPLERS)
 
 
+def history(rows):
+    """Three tokens read and two written in every row."""
+    tokens = np.tile([1, 4, 2, 1, 5, 0, 0, 0], (rows, 1))
+    return History(jnp.asarray(tokens), jnp.full(rows, 5), jnp.full(rows, 3))
+
+
 def process(processor, logits):
-    out, state = processor(jnp.asarray(logits, jnp.float32), processor.init(batch=len(logits)))
+    out, state = processor(
+        jnp.asarray(logits, jnp.float32),
+        processor.init(batch=len(logits)),
+        history=history(len(logits)),
+    )
     assert state == () and out.dtype == jnp.float32
     return np.asarray(out)
 
@@ -180,7 +191,7 @@ def test_rows_and_token_numbers_do_not_matter(member):
 @every_processor
 def test_the_second_call_compiles_nothing(member):
     rule = PROCESSORS[member]
-    run = jax.jit(lambda part, logits: part(logits, ()), static_argnums=0)
+    run = jax.jit(lambda part, logits: part(logits, (), history=history(2)), static_argnums=0)
     for seed in (0, 1):
         # Equal parts made apart are the same static argument.
         part = member(**{rule.field: rule.values[1]})
@@ -219,7 +230,7 @@ ROWS = 2048
 
 @functools.partial(jax.jit, static_argnums=0)
 def draw_rows(sampler, logits, row_keys):
-    return sampler(logits, sampler.init(batch=ROWS), keys=row_keys)[0]
+    return sampler(logits, sampler.init(batch=ROWS), history=history(ROWS), keys=row_keys)[0]
 
 
 def sample(sampler, logits, row_keys):
@@ -296,7 +307,9 @@ def test_a_draw_depends_on_its_own_row_and_key_alone(member):
 @every_sampler
 def test_the_second_draw_compiles_nothing(member):
     sampler = member(processors=SHAPING)
-    run = jax.jit(lambda part, x, k: part(x, part.init(batch=2), keys=k), static_argnums=0)
+    run = jax.jit(
+        lambda part, x, k: part(x, part.init(batch=2), history=history(2), keys=k), static_argnums=0
+    )
     for seed in (0, 1):
         run(sampler, jax.random.normal(jax.random.key(seed), (2, VOCABULARY)), keys(2, seed))
     assert run._cache_size() == 1

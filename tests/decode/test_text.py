@@ -154,10 +154,10 @@ class Script(Processor):
     ids: tuple[int, ...]
 
     def init(self, *, batch):
-        return jnp.zeros((), jnp.int32)
+        return jnp.zeros(batch, jnp.int32)
 
-    def __call__(self, logits, state):
-        wanted = jnp.asarray(self.ids)[state]
+    def __call__(self, logits, state, *, history):
+        wanted = jnp.asarray(self.ids)[state][:, None]
         return jnp.where(jnp.arange(logits.shape[-1])[None] == wanted, 0.0, -jnp.inf), state + 1
 
 

@@ -42,14 +42,13 @@ def test_logits_are_those_of_transformers(name, tmp_path):
 def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row(name, tmp_path):
     model, params, _ = load_pretrained(published.folder(name, tmp_path / name))
     tokens, expected = published.expected(name)
-    policy = FullCache(capacity=16)
-    cache, found = model.init_cache(policy, batch=1), []
+    cache, found = model.empty_cache(FullCache(), batch=1, capacity=16), []
 
     @jax.jit
     def step(tokens, positions, cache):
         out = model.apply(
             {"params": params}, tokens, positions=positions, segments=jnp.ones_like(tokens),
-            policy=policy, cache=cache,
+            cache=cache,
         )  # fmt: skip
         return model.apply({"params": params}, out.hidden, method="logits"), out.cache
 

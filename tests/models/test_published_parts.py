@@ -150,15 +150,14 @@ def test_layers_take_turns():
 def test_a_pattern_decodes_with_a_cache_of_each_shape():
     model = small(block=pattern())
     params, (tokens, where) = initialised(model), batch_of()
-    policy = FullCache(capacity=16)
-    cache = model.init_cache(policy, batch=1)
-    assert [layer.k.shape for layer in cache] == [(1, 2, 16, 4), (1, 1, 16, 8)] * 2
+    cache = model.empty_cache(FullCache(), batch=1, capacity=16)
+    assert [state.k.shape for state in cache.states] == [(1, 2, 16, 4), (1, 1, 16, 8)] * 2
     found = []
     for t in range(9):
         part = slice(t, t + 1)
         out = model.apply(
             {"params": params}, tokens[:, part], positions=where["positions"][:, part],
-            segments=where["segments"][:, part], policy=policy, cache=cache,
+            segments=where["segments"][:, part], cache=cache,
         )  # fmt: skip
         cache = out.cache
         found.append(out.hidden)

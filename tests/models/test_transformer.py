@@ -204,15 +204,13 @@ def test_cached_decoding_equals_the_full_forward(name):
     segments = (positions < lengths[:, None]).astype(int)
     full = run(model, params, tokens, positions, segments)
 
-    policy = FullCache(capacity=16)
-    cache = model.init_cache(policy, batch=3)
+    cache = model.empty_cache(FullCache(), batch=3, capacity=16)
     found = []
 
     @jax.jit
     def chunk(tokens, positions, segments, cache):
         out = model.apply(
-            {"params": params}, tokens, positions=positions, segments=segments, policy=policy,
-            cache=cache,
+            {"params": params}, tokens, positions=positions, segments=segments, cache=cache,
         )  # fmt: skip
         return model.apply({"params": params}, out.hidden, method="logits"), out.cache
 

@@ -3,82 +3,96 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
 
-from tokenlab.cache.base import CachePolicy, CacheView
+from tokenlab.cache.base import CachePolicy, CacheView, Entries, Heads, Reading, Room
 from tokenlab.core.arrays import Array, Float, Int
 
 
-@flax.struct.dataclass
-class FullCacheState:
-    """Entries of each row, packed from slot 0; heads first, the order in which they are read.
+class Slots(flax.struct.PyTreeNode):
+    """Entries of each row in numbered slots; heads first, the order in which they are read.
 
     Attributes:
-        k: keys; slots at and after ``length`` hold nothing of meaning.
+        k: keys.
         v: values.
-        positions: original position of each entry.
-        length: entries per row.
+        positions: position of the entry in each slot, -1 where there is none.
     """
 
     k: Float[Array, "B K S E"]
     v: Float[Array, "B K S E"]
     positions: Int[Array, "B S"]
-    length: Int[Array, " B"]
+
+    @classmethod
+    def empty(cls, room: Room, heads: Heads, count: int) -> Slots:
+        """``count`` empty slots in every row."""
+        shape = (room.batch, heads.num_kv_heads, count, heads.width)
+        return cls(
+            k=jnp.zeros(shape, room.dtype),
+            v=jnp.zeros(shape, room.dtype),
+            positions=jnp.full((room.batch, count), -1, jnp.int32),
+        )
+
+    def write(self, new: Entries, slots: Int[Array, "B T"]) -> Slots:
+        """Entries into ``slots``; padding, and slots that are not there, are left out."""
+        count = self.positions.shape[1]
+        inside = (new.segments > 0) & (slots >= 0) & (slots < count)
+        slots = jnp.where(inside, slots, count)
+        rows = jnp.arange(len(slots))[:, None]
+        return Slots(
+            k=_written(self.k, new.k, slots),
+            v=_written(self.v, new.v, slots),
+            positions=self.positions.at[rows, slots].set(new.positions, mode="drop"),
+        )
+
+    def before(self, lengths: Int[Array, " B"]) -> Slots:
+        """Without the entries at positions from ``lengths`` on."""
+        kept = self.positions < lengths[:, None]
+        return self.replace(positions=jnp.where(kept, self.positions, -1))
+
+    def view(self, q: Float[Array, "B T H E"]) -> CacheView:
+        """All entries."""
+        filled = (self.positions >= 0).astype(jnp.int32)
+        return CacheView(q, self.k, self.v, self.positions, filled)
+
+
+def _written(
+    pool: Float[Array, "B K S E"], new: Float[Array, "B T K E"], slots: Int[Array, "B T"]
+) -> Float[Array, "B K S E"]:
+    """``pool[b, :, slots[b, t]] = new[b, t]``, as rows of one matrix, which XLA writes in place."""
+    batch, heads, count, width = pool.shape
+    first = count * jnp.arange(batch * heads).reshape(batch, heads, 1)
+    at = jnp.where(slots[:, None] < count, first + slots[:, None], batch * heads * count)
+    rows = new.swapaxes(1, 2).astype(pool.dtype)
+    flat = pool.reshape(-1, width).at[at.reshape(-1)].set(rows.reshape(-1, width), mode="drop")
+    return flat.reshape(pool.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullCache(CachePolicy):
-    """Keeps every key and value, up to a fixed capacity.
+    """Keeps every key and value; slot i of a row holds its position i.
 
     Rows fill independently, so prompts of different length need no left padding. Entries beyond
-    the capacity are dropped; decoders refuse such a request before they start.
-
-    Attributes:
-        capacity: slots per row.
+    the room are dropped; decoders refuse such a request before they start.
     """
 
-    capacity: int
+    def init(self, room: Room, heads: Heads) -> Slots:
+        """A slot for every position."""
+        return Slots.empty(room, heads, room.capacity)
 
-    def init(self, *, batch: int, num_kv_heads: int, head_dim: int, dtype: Any) -> FullCacheState:
-        """An empty cache for ``batch`` rows."""
-        shape = (batch, num_kv_heads, self.capacity, head_dim)
-        return FullCacheState(
-            k=jnp.zeros(shape, dtype),
-            v=jnp.zeros(shape, dtype),
-            positions=jnp.zeros((batch, self.capacity), jnp.int32),
-            length=jnp.zeros((batch,), jnp.int32),
-        )
-
-    def append(
-        self,
-        state: FullCacheState,
-        *,
-        k: Float[Array, "B T K E"],
-        v: Float[Array, "B T K E"],
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
-    ) -> FullCacheState:
-        """Writes the new entries behind the old ones, row by row."""
-        kept = segments > 0
-        rows = jnp.arange(k.shape[0])[:, None]
-        slots = state.length[:, None] + jnp.arange(k.shape[1])[None, :]
-        slots = jnp.where(kept, slots, self.capacity)
-        return FullCacheState(
-            k=state.k.at[rows, :, slots].set(k.astype(state.k.dtype), mode="drop"),
-            v=state.v.at[rows, :, slots].set(v.astype(state.v.dtype), mode="drop"),
-            positions=state.positions.at[rows, slots].set(positions, mode="drop"),
-            length=jnp.minimum(state.length + jnp.sum(kept, axis=1), self.capacity),
-        )
-
-    def view(self, state: FullCacheState, *, q: Float[Array, "B T H E"]) -> CacheView:
+    def read(self, state: Slots, new: Entries, *, heads: Heads) -> Reading:
         """Every entry, for every query."""
-        filled = jnp.arange(self.capacity)[None, :] < state.length[:, None]
-        k, v = state.k.swapaxes(1, 2), state.v.swapaxes(1, 2)
-        return CacheView(k, v, state.positions, filled.astype(jnp.int32))
+        return Reading((state.view(new.q),), None, state)
 
-    def truncate(self, state: FullCacheState, *, lengths: Int[Array, " B"]) -> FullCacheState:
-        """Forgets the entries of each row from slot ``lengths`` on."""
-        return dataclasses.replace(state, length=jnp.minimum(state.length, lengths))
+    def append(self, state: Slots, new: Entries, *, heads: Heads) -> Slots:
+        """Writes entries at their positions."""
+        return state.write(new, new.positions)
+
+    def truncate(self, state: Slots, lengths: Int[Array, " B"]) -> Slots:
+        """Exact: everything before ``lengths`` is there."""
+        return state.before(lengths)
+
+    def held(self, state: Slots) -> Float[Array, " B"]:
+        """The entries of a row."""
+        return jnp.sum(state.positions >= 0, axis=1).astype(jnp.float32)

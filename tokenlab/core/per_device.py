@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import linen as nn
@@ -47,7 +47,7 @@ def per_device(
     operation: Callable[..., Any],
     *,
     axes: Mapping[str, Axes],
-    out: Axes,
+    out: Axes | tuple[Axes, ...],
     **arrays: Array,
 ) -> Any:
     """``operation(**arrays)``, each device on its part; the plain call where there is one device.
@@ -59,7 +59,7 @@ def per_device(
         operation: takes the arrays by name. Along a split dimension, its result on a part must
             be that part of its result.
         axes: logical axes of each array's dimensions.
-        out: logical axes of the result, or of each of several.
+        out: logical axes of the result and of any others like it, or of each of several.
         **arrays: the arrays.
     """
     if not automatic_axes():
@@ -71,8 +71,10 @@ def per_device(
                 sizes.setdefault(axis, []).append(size)
     placed = {axis: mesh_axes(axis, *found) for axis, found in sizes.items()}
 
-    def spec(names: Axes) -> PartitionSpec:
-        return PartitionSpec(*(placed[name] if name else None for name in names))
+    def spec(names: Axes | tuple[Axes, ...]) -> Any:
+        if names and isinstance(names[0], tuple):
+            return tuple(spec(cast(Axes, each)) for each in names)
+        return PartitionSpec(*(placed[name] if name else None for name in cast(Axes, names)))
 
     return jax.shard_map(
         lambda arrays: operation(**arrays),

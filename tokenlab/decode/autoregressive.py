@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import flax.struct
@@ -13,67 +13,58 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from tokenlab.cache import CachePolicy, FullCache
-from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int, PRNGKeyArray, RowKeys
+from tokenlab.cache import Cache, CachePolicy, FullCache
+from tokenlab.core.arrays import Array, Bool, Float, Int, PRNGKeyArray, RowKeys
 from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
-from tokenlab.core.ledger import Ledger
-from tokenlab.decode.sampling import Categorical, Sampler
-from tokenlab.depth import DepthTrace
+from tokenlab.decode.base import Decoder, Generation, OnTokens, bucket, padded
+from tokenlab.decode.passes import Spent, ledger, logits_of, prefill, read
+from tokenlab.decode.processors import History
+from tokenlab.decode.samplers import Categorical, Sampler
 from tokenlab.models import Transformer, unrolled
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What a decoder wrote after each prompt.
-
-    Attributes:
-        tokens: new tokens, the end token included where it was drawn; 0 after them.
-        lengths: new tokens per row.
-        logp_model: log-probability of each under the model, nats; 0 after the end.
-        logp_behaviour: log-probability under what was sampled from, nats; 0 after the end.
-        ledger: cost of all passes.
-    """
-
-    tokens: Int[np.ndarray, "B N"]
-    lengths: Int[np.ndarray, " B"]
-    logp_model: Float[np.ndarray, "B N"]
-    logp_behaviour: Float[np.ndarray, "B N"]
-    ledger: Ledger
+Static = tuple[Transformer, "Autoregressive"]
 
 
-@flax.struct.dataclass
-class _State:
-    """The while loop's carry."""
+class _State(flax.struct.PyTreeNode):
+    """The while loop's carry: a row is a slot that holds one request."""
 
-    cache: PyTree
+    cache: Cache
     logits: Float[Array, "B V"]
-    position: Int[Array, " B"]
+    history: History
+    limit: Int[Array, " B"]
     done: Bool[Array, " B"]
     processors: PyTree
-    tokens: Int[Array, "B N"]
     logp_model: Float[Array, "B N"]
     logp_behaviour: Float[Array, "B N"]
-    count: Int[Array, ""]
+    keys: RowKeys
+    steps: Int[Array, ""]
+    spent: Spent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Autoregressive:
-    """Decodes a ragged batch of prompts left to right.
-
-    A row's tokens depend on its prompt, its key and nothing else of the batch.
+class Autoregressive(Decoder):
+    """Decodes left to right; a slot whose row has ended takes the next prompt.
 
     Attributes:
-        max_new_tokens: bound on the tokens written per row.
         sampler: draws tokens.
-        end_ids: tokens that end a row.
+        cache: what is remembered.
+        slots: rows decoded at a time; None is as many as there are prompts.
+        prefill_chunk: prompt tokens read in one pass; None reads a prompt whole.
         stream_every: tokens between calls of ``on_tokens``.
     """
 
-    max_new_tokens: int = 128
     sampler: Sampler = Categorical()
-    end_ids: tuple[int, ...] = (2,)
+    cache: CachePolicy = FullCache()
+    slots: int | None = None
+    prefill_chunk: int | None = None
     stream_every: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "prefill_chunk", "stream_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value} must be at least 1")
 
     def __call__(
         self,
@@ -81,181 +72,196 @@ class Autoregressive:
         prompts: Sequence[Sequence[int]],
         *,
         key: PRNGKeyArray,
-        on_tokens: Callable[[np.ndarray, np.ndarray], np.ndarray | None] | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> Generation:
-        """Writes up to ``max_new_tokens`` after every prompt.
-
-        Args:
-            view: the model and its parameters.
-            prompts: token ids, each at least one long.
-            key: folded with the row number and the position.
-            on_tokens: called every ``stream_every`` tokens with the tokens so far ``[B, n]`` and
-                the lengths; may return rows to stop, bool ``[B]``.
-
-        Raises:
-            UserError: there is no prompt, or one is empty or does not fit the model's context
-                with its answer.
-        """
-        model, params = unrolled(cast(Transformer, view.model), view.params)
-        lengths = np.asarray([len(prompt) for prompt in prompts])
-        self._check(model, lengths)
-        width = _bucket(int(lengths.max()))
-        capacity = _bucket(width + self.max_new_tokens)
-        padded = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = prompt
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
-        static = (model, FullCache(capacity=capacity), self)
-        state = _prefill(static, params, padded, lengths.astype(np.int32))
-        chunk = self.max_new_tokens if on_tokens is None else self.stream_every
-        count = 0
-        while count < self.max_new_tokens and not bool(jnp.all(state.done)):
-            count = min(count + chunk, self.max_new_tokens)
-            state = _decode(static, params, state, keys, count)
+        """See :meth:`Decoder.__call__`; ``on_tokens`` comes every ``stream_every`` tokens."""
+        self._check(view, prompts)
+        run = _Run(self, view, prompts, key)
+        while not run.finished:
+            run.decode(self.stream_every if on_tokens is not None else self.max_new_tokens)
             if on_tokens is not None:
-                new = np.asarray(state.tokens)[:, : int(state.count)]
-                stop = on_tokens(new, np.asarray(state.position) - lengths)
-                if stop is not None:
-                    state = state.replace(done=state.done | jnp.asarray(stop))
-        return _generation(model, lengths, state)
+                run.show(on_tokens)
+            run.refill()
+        return run.generation()
 
-    def _check(self, model: Transformer, lengths: np.ndarray) -> None:
-        if lengths.size == 0:
-            raise UserError("there is no prompt to continue; give at least one")
-        if lengths.min() < 1:
-            raise UserError("a prompt has no token; begin it with the tokenizer's bos_id")
-        longest = int(lengths.max())
-        if longest + self.max_new_tokens > model.max_length:
-            raise UserError(
-                f"a prompt of {longest} tokens and {self.max_new_tokens} new ones exceed the "
-                f"model's context of {model.max_length}; shorten the prompt or max_new_tokens"
+
+class _Run:
+    """The host's side of a call: which request each slot holds, and what is written so far."""
+
+    def __init__(
+        self,
+        decoder: Autoregressive,
+        view: View,
+        prompts: Sequence[Sequence[int]],
+        key: PRNGKeyArray,
+    ) -> None:
+        model, self.params = unrolled(cast(Transformer, view.model), view.params)
+        self.static: Static = (model, decoder)
+        self.prompts, self.new = prompts, decoder.max_new_tokens
+        width = bucket(max(len(prompt) for prompt in prompts))
+        self.sizes = (width, bucket(width + self.new))
+        self.keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
+        slots = min(decoder.slots or len(prompts), len(prompts))
+        self.owners: list[int | None] = list(range(slots))
+        self.waiting = list(range(slots, len(prompts)))
+        self.state = self._begin(self.owners)
+        self.written = Generation.empty(len(prompts), self.new)
+        caches = len(self.state.cache.heads)
+        self.pairs, self.held = np.zeros(caches), np.zeros(caches)
+
+    def _begin(self, requests: Sequence[int | None]) -> _State:
+        """The state that holds ``requests``, ready to draw their first tokens."""
+        rows = [cast(int, request) for request in requests]
+        prompts = [self.prompts[row] for row in rows]
+        lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        width, capacity = self.sizes
+        return _prefill(
+            self.static, capacity, self.params, padded(prompts, width), lengths,
+            self.keys[np.asarray(rows)],
+        )  # fmt: skip
+
+    @property
+    def finished(self) -> bool:
+        return all(owner is None for owner in self.owners)
+
+    def decode(self, steps: int) -> None:
+        """Up to ``steps`` tokens in every slot; fewer where one ends and a prompt waits."""
+        until = int(self.state.steps) + steps
+        wait = bool(self.waiting)
+        self.state = _decode(self.static, self.params, self.state, until, wait)
+        tokens, lengths, logp_model, logp_behaviour = (
+            np.asarray(x)
+            for x in (
+                self.state.history.tokens, self.state.history.lengths,
+                self.state.logp_model, self.state.logp_behaviour,
             )
+        )  # fmt: skip
+        for slot, request in enumerate(self.owners):
+            if request is None:
+                continue
+            start = len(self.prompts[request])
+            count = int(lengths[slot]) - start
+            self.written.tokens[request, :count] = tokens[slot, start : start + count]
+            self.written.logp_model[request, :count] = logp_model[slot, :count]
+            self.written.logp_behaviour[request, :count] = logp_behaviour[slot, :count]
+            self.written.lengths[request] = count
+
+    def show(self, on_tokens: OnTokens) -> None:
+        """Shows what is written; ends the rows that the caller has enough of."""
+        longest = int(self.written.lengths.max())
+        stop = on_tokens(self.written.tokens[:, :longest].copy(), self.written.lengths.copy())
+        if stop is not None:
+            mine = [request is not None and bool(stop[request]) for request in self.owners]
+            self.state = self.state.replace(done=self.state.done | jnp.asarray(mine))
+
+    def refill(self) -> None:
+        """Frees the slots whose rows have ended, and gives them to prompts that wait."""
+        done = np.asarray(self.state.done)
+        ended = [s for s, owner in enumerate(self.owners) if owner is not None and done[s]]
+        if not ended:
+            return
+        self.pairs += np.asarray(self.state.cache.pairs, np.float64)[:, ended].sum(axis=1)
+        self.held += np.asarray(self.state.cache.held(), np.float64)[:, ended].sum(axis=1)
+        for slot in ended:
+            self.owners[slot] = self.waiting.pop(0) if self.waiting else None
+            if self.owners[slot] is not None:
+                other = self._begin([self.owners[slot]])
+                self.state = _insert(self.state, jnp.asarray([slot]), other)
+
+    def generation(self) -> Generation:
+        """What was written, and what it cost."""
+        cost = ledger(self.static[0], self.state.spent, pairs=self.pairs, held=self.held)
+        return dataclasses.replace(self.written, ledger=cost)
 
 
-def _generation(model: Transformer, prompts: np.ndarray, state: _State) -> Generation:
-    lengths = np.asarray(state.position) - prompts
-    return Generation(
-        tokens=np.asarray(state.tokens),
-        lengths=lengths,
-        logp_model=np.asarray(state.logp_model),
-        logp_behaviour=np.asarray(state.logp_behaviour),
-        ledger=_ledger(model, prompts, lengths, int(state.count)),
-    )
-
-
-def _bucket(size: int) -> int:
-    """The next power of two, at least 16: nearby sizes share a compiled function."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
-    static: tuple[Transformer, CachePolicy, Autoregressive],
+    static: Static,
+    capacity: int,
     params: PyTree,
-    tokens: Int[Array, "B P"],
+    tokens: Int[Array, "B W"],
     lengths: Int[Array, " B"],
+    keys: RowKeys,
 ) -> _State:
     """Reads the prompts; the state is ready to draw the first token."""
-    model, policy, decoder = static
+    model, decoder = static
     batch, width = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(width)[None], tokens.shape)
-    segments = (positions < lengths[:, None]).astype(jnp.int32)
-    out: Any = model.apply(
-        {"params": params},
-        tokens,
-        positions=positions,
-        segments=segments,
-        policy=policy,
-        cache=model.init_cache(policy, batch=batch),
-    )
-    last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)
-    shape = (batch, decoder.max_new_tokens)
+    cache = model.empty_cache(decoder.cache, batch=batch, capacity=capacity)
+    cache, last, spent = prefill(model, params, cache, tokens, lengths, chunk=decoder.prefill_chunk)
     return _State(
-        cache=out.cache,
-        logits=_logits(model, params, last),
-        position=lengths,
+        cache=cache,
+        logits=logits_of(model, params, last)[:, 0],
+        history=History(jnp.pad(tokens, ((0, 0), (0, capacity - width))), lengths, lengths),
+        limit=lengths + decoder.max_new_tokens,
         done=jnp.zeros((batch,), bool),
         processors=decoder.sampler.init(batch=batch),
-        tokens=jnp.zeros(shape, jnp.int32),
-        logp_model=jnp.zeros(shape, jnp.float32),
-        logp_behaviour=jnp.zeros(shape, jnp.float32),
-        count=jnp.zeros((), jnp.int32),
+        logp_model=jnp.zeros((batch, decoder.max_new_tokens)),
+        logp_behaviour=jnp.zeros((batch, decoder.max_new_tokens)),
+        keys=keys,
+        steps=jnp.zeros((), jnp.int32),
+        spent=spent,
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(state: _State, rows: Int[Array, " N"], other: _State) -> _State:
+    """``other`` in the place of ``rows``."""
+    apart = {"cache": None, "steps": None, "spent": None}
+    merged = jax.tree.map(
+        lambda leaf, new: leaf.at[rows].set(new), state.replace(**apart), other.replace(**apart)
+    )
+    return merged.replace(
+        cache=state.cache.insert(rows, other.cache),
+        steps=state.steps,
+        spent=state.spent.plus(other.spent),
     )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(
-    static: Any, params: PyTree, state: _State, keys: RowKeys, until: Int[Array, ""]
+    static: Static,
+    params: PyTree,
+    state: _State,
+    until: Int[Array, ""],
+    wait: Bool[Array, ""],
 ) -> _State:
-    """Draws tokens until ``until`` are written or every row has ended."""
-    model, policy, decoder = static
+    """Draws tokens until step ``until``, until every row has ended, or one where another waits."""
+    model, decoder = static
 
     def unfinished(state: _State) -> Bool[Array, ""]:
-        return (state.count < until) & ~jnp.all(state.done)
+        free = wait & jnp.any(state.done)
+        return (state.steps < until) & ~jnp.all(state.done) & ~free
 
     def step(state: _State) -> _State:
-        here = jax.vmap(jax.random.fold_in)(keys, state.position)
-        draw, processors = decoder.sampler(state.logits, state.processors, keys=here)
-        running = ~state.done
-        ended = jnp.isin(draw.token, jnp.asarray(decoder.end_ids, jnp.int32))
-        out = model.apply(
-            {"params": params},
-            draw.token[:, None],
-            positions=state.position[:, None],
-            segments=running.astype(jnp.int32)[:, None],
-            policy=policy,
-            cache=state.cache,
+        position = state.history.lengths
+        here = jax.vmap(jax.random.fold_in)(state.keys, position)
+        draw, processors = decoder.sampler(
+            state.logits, state.processors, history=state.history, keys=here
         )
+        running = ~state.done
+        segments = running.astype(jnp.int32)[:, None]
+        out: Any = read(
+            model, params, state.cache, draw.token[:, None],
+            positions=position[:, None], segments=segments,
+        )  # fmt: skip
+        history = state.history.append(draw.token, running)
+        ended = jnp.isin(draw.token, jnp.asarray(decoder.end_ids, jnp.int32))
+        place = jnp.where(running, position - history.prompts, decoder.max_new_tokens)
+        rows = jnp.arange(len(position))
 
-        def write(buffer: Array, column: Array) -> Array:
-            column = jnp.where(running, column, 0).astype(buffer.dtype)[:, None]
-            return jax.lax.dynamic_update_slice(buffer, column, (0, state.count))
+        def written(buffer: Array, values: Array) -> Array:
+            return buffer.at[rows, place].set(values, mode="drop")
 
-        return _State(
+        return state.replace(
             cache=out.cache,
-            logits=_logits(model, params, out.hidden),
-            position=state.position + running,
-            done=state.done | ended,
+            logits=logits_of(model, params, out.hidden)[:, 0],
+            history=history,
+            done=state.done | ended | (history.lengths >= state.limit),
             processors=processors,
-            tokens=write(state.tokens, draw.token),
-            logp_model=write(state.logp_model, draw.logp_model),
-            logp_behaviour=write(state.logp_behaviour, draw.logp_behaviour),
-            count=state.count + 1,
+            logp_model=written(state.logp_model, draw.logp_model),
+            logp_behaviour=written(state.logp_behaviour, draw.logp_behaviour),
+            steps=state.steps + 1,
+            spent=state.spent.after(out, segments, jnp.sum(running)),
         )
 
     return jax.lax.while_loop(unfinished, step, state)
-
-
-def _logits(model: Transformer, params: PyTree, hidden: Hidden) -> Float[Array, "B V"]:
-    logits: Any = model.apply({"params": params}, hidden, method="logits")
-    return logits[:, 0]
-
-
-def _ledger(model: Transformer, prompts: np.ndarray, new: np.ndarray, steps: int) -> Ledger:
-    """Cost of the tokens read: every prompt and every new token went through the model once."""
-    total = prompts + new
-    cost = jax.device_get(_cost(model, total, _bucket(int(total.max()))))
-    # The vocabulary is projected once per prompt and new token, not at every prompt position.
-    unprojected = float(np.sum(prompts - 1)) * 2 * model.vocab_size * model.dim
-    entries = float(total.sum())
-    mixers = model.attentions()
-    width = 2 * sum(mixer.num_kv_heads * mixer.width(model.dim) for mixer in mixers)
-    return cost.replace(
-        passes=1.0 + steps,
-        slots=float(len(total) * (_bucket(int(prompts.max())) + steps)),
-        flops=float(cost.flops) - unprojected,
-        cache_entries=entries * len(mixers),
-        cache_bytes=entries * width * jnp.dtype(model.dtype).itemsize,
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _cost(model: Transformer, lengths: Int[Array, " B"], width: int) -> Ledger:
-    """Cost of reading rows of these lengths at once."""
-    positions = jnp.broadcast_to(jnp.arange(width)[None], (len(lengths), width))
-    valid = positions < lengths[:, None]
-    trace = DepthTrace(
-        depth=jnp.where(valid, model.num_layers, 0),
-        active=jnp.broadcast_to(valid[None], (model.num_layers, *valid.shape)),
-    )
-    return model.ledger(trace, positions=positions, segments=valid.astype(jnp.int32))

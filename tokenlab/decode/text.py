@@ -12,8 +12,10 @@ from tokenlab.core.context import View
 from tokenlab.core.duration import Duration, Fraction
 from tokenlab.core.errors import UserError
 from tokenlab.core.rng import stream
-from tokenlab.decode.autoregressive import Autoregressive, Generation
-from tokenlab.decode.sampling import Categorical, FirstTokens, Temperature, TopP
+from tokenlab.decode.autoregressive import Autoregressive
+from tokenlab.decode.base import Generation
+from tokenlab.decode.processors import FirstTokens, Temperature, TopP
+from tokenlab.decode.samplers import Categorical
 from tokenlab.tokenizers.base import Tokenizer
 
 

@@ -9,9 +9,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import flax.struct
 import jax
 from flax import linen as nn
-from jaxtyping import PyTree
 
-from tokenlab.cache import CachePolicy
+from tokenlab.cache import Cache
 from tokenlab.core.arrays import Array, Bool, Hidden, Int, Positions, Segments
 from tokenlab.core.weighted import Weighted
 
@@ -68,11 +67,19 @@ class DepthProgram(nn.Module, abc.ABC):
         num_layers: int,
         positions: Positions,
         segments: Segments,
-        policy: CachePolicy | None = None,
-        cache: PyTree = None,
+        cache: Cache | None = None,
         train: bool = False,
-    ) -> tuple[Hidden, DepthTrace, PyTree]:
+    ) -> tuple[Hidden, DepthTrace, Cache | None]:
         """Runs the stack; returns the stream, the trace and the new caches."""
+
+    @nn.nowrap
+    @abc.abstractmethod
+    def cached_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The nominal layer behind each cache, in the order of ``Cache.layer``.
+
+        Raises:
+            UserError: the program does not decode with a cache.
+        """
 
     @nn.nowrap
     def causal_twin(self) -> DepthProgram:

@@ -6,9 +6,8 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import PyTree
 
-from tokenlab.cache import CachePolicy
+from tokenlab.cache import Cache
 from tokenlab.core.arrays import Hidden, Positions, Segments
 from tokenlab.core.weighted import Weighted
 from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
@@ -48,12 +47,10 @@ class MixtureOfRecursions(Recursive):
         num_layers: int,
         positions: Positions,
         segments: Segments,
-        policy: CachePolicy | None = None,
-        cache: PyTree = None,
+        cache: Cache | None = None,
         train: bool = False,
-    ) -> tuple[Hidden, DepthTrace, PyTree]:
+    ) -> tuple[Hidden, DepthTrace, Cache | None]:
         """Runs the ends on all tokens and the loop on those that are kept."""
-        self._check(policy)
         layers = self._layers(block, num_layers)
         where = {"positions": positions, "segments": segments}
         x = self._run(layers.first, x, **where, train=train)

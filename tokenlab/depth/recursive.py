@@ -6,9 +6,8 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import PyTree
 
-from tokenlab.cache import CachePolicy
+from tokenlab.cache import Cache
 from tokenlab.core.arrays import Array, Bool, Hidden, Positions, Segments
 from tokenlab.core.errors import UserError
 from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
@@ -57,23 +56,22 @@ class Recursive(DepthProgram):
         num_layers: int,
         positions: Positions,
         segments: Segments,
-        policy: CachePolicy | None = None,
-        cache: PyTree = None,
+        cache: Cache | None = None,
         train: bool = False,
-    ) -> tuple[Hidden, DepthTrace, PyTree]:
+    ) -> tuple[Hidden, DepthTrace, Cache | None]:
         """Runs all tokens to the full depth."""
-        self._check(policy)
         layers = self._layers(block, num_layers)
         order = layers.first + layers.loop * self.recursions + layers.last
         x = self._run(order, x, positions=positions, segments=segments, train=train)
         valid = segments > 0
         return x, trace_of(valid, [valid] * self.recursions, layers), None
 
-    def _check(self, policy: CachePolicy | None) -> None:
-        if policy is not None:
-            raise UserError(
-                f"{type(self).__name__} does not decode with a cache yet; evaluate the run instead"
-            )
+    @nn.nowrap
+    def cached_layers(self, num_layers: int) -> tuple[int, ...]:
+        """None yet."""
+        raise UserError(
+            f"{type(self).__name__} does not decode with a cache yet; evaluate the run instead"
+        )
 
     def _layers(self, block: Layers, num_layers: int) -> SharedLayers:
         ends = 1 if self.sharing == "middle_cycle" else 0

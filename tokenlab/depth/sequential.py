@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import PyTree
 
-from tokenlab.cache import CachePolicy
+from tokenlab.cache import Cache, LayerCache
 from tokenlab.core.arrays import Hidden, Positions, Segments
 from tokenlab.core.errors import UserError
 from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
@@ -33,18 +32,17 @@ class Sequential(DepthProgram):
         num_layers: int,
         positions: Positions,
         segments: Segments,
-        policy: CachePolicy | None = None,
-        cache: PyTree = None,
+        cache: Cache | None = None,
         train: bool = False,
-    ) -> tuple[Hidden, DepthTrace, PyTree]:
+    ) -> tuple[Hidden, DepthTrace, Cache | None]:
         """Runs all layers on all tokens."""
-        if self.scan and policy is not None:
+        if self.scan and cache is not None:
             raise ValueError("a cache needs unrolled layers; decode with models.unrolled(...)")
 
-        def body(layer: nn.Module, x: Hidden, state: PyTree) -> tuple[Hidden, PyTree]:
-            return layer(
-                x, positions=positions, segments=segments, policy=policy, cache=state, train=train
-            )
+        def body(
+            layer: nn.Module, x: Hidden, own: LayerCache | None
+        ) -> tuple[Hidden, LayerCache | None]:
+            return layer(x, positions=positions, segments=segments, cache=own, train=train)
 
         body = self._rematerialised(body, scanned=self.scan)
         kinds = block.kinds()
@@ -61,18 +59,22 @@ class Sequential(DepthProgram):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             x, _ = run(block, x, None)
-            states = None
         else:
-            states = []
+            after = []
             for i in range(num_layers):
                 kind = kinds[i % len(kinds)]
                 layer = kind.copy(parent=block.parent, name=f"block_{i}")
-                x, state = body(layer, x, None if cache is None else cache[i])
-                states.append(state)
-            states = None if cache is None else tuple(states)
+                x, own = body(layer, x, None if cache is None else cache.layer(i))
+                after.append(own)
+            cache = None if cache is None else cache.after(tuple(after))
         valid = segments > 0
         trace = DepthTrace(
             depth=jnp.where(valid, num_layers, 0),
             active=jnp.broadcast_to(valid[None], (num_layers, *valid.shape)),
         )
-        return x, trace, states
+        return x, trace, cache
+
+    @nn.nowrap
+    def cached_layers(self, num_layers: int) -> tuple[int, ...]:
+        """One cache a layer."""
+        return tuple(range(num_layers))

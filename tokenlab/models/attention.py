@@ -9,13 +9,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import PyTree
 
 from kernels_pallas.block_sparse_attention import Causal, MaskRule, block_sparse_attention
-from tokenlab.cache import CachePolicy
+from tokenlab.cache import Entries, Heads, LayerCache
 from tokenlab.core.arrays import Array, Bool, Float, Hidden, Positions, Scalar, Segments
 from tokenlab.core.per_device import per_device
-from tokenlab.models.layers import Linear, RMSNorm, RotaryScaling, rotate
+from tokenlab.models.layers import Linear, RMSNorm, Rotary, RotaryScaling
 
 _HEADS, _ROWS = ("batch", None, "heads", None), ("batch", None)
 # Whole sequences on every device: a query may see any key.
@@ -34,9 +33,8 @@ class Mixer(nn.Module, abc.ABC):
         *,
         positions: Positions,
         segments: Segments,
-        policy: CachePolicy | None = None,
-        cache: PyTree = None,
-    ) -> tuple[Hidden, PyTree]:
+        cache: LayerCache | None = None,
+    ) -> tuple[Hidden, LayerCache | None]:
         """The mixed tokens and the cache with theirs appended."""
 
     @abc.abstractmethod
@@ -100,6 +98,18 @@ class Attention(Mixer):
             raise ValueError(f"width {dim} is not a multiple of num_heads {self.num_heads}")
         return self.head_dim or dim // self.num_heads
 
+    def heads(self, dim: int) -> Heads:
+        """How the heads score in a model of width ``dim``: what a cache is told."""
+        width = self.width(dim)
+        return Heads(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            width=width,
+            scale=width**-0.5 if self.scale is None else self.scale,
+            softcap=self.softcap,
+            rotate=Rotary(base=self.rope_base, scaling=self.rope_scaling),
+        )
+
     @nn.compact
     def __call__(
         self,
@@ -107,50 +117,51 @@ class Attention(Mixer):
         *,
         positions: Positions,
         segments: Segments,
-        policy: CachePolicy | None = None,
-        cache: PyTree = None,
-    ) -> tuple[Hidden, PyTree]:
+        cache: LayerCache | None = None,
+    ) -> tuple[Hidden, LayerCache | None]:
         """Attends within segments, over the cache where one is given.
 
         Args:
             x: normalised residual stream.
             positions: position of each token in its document.
             segments: 0 for padding.
-            policy: the cache policy, where ``cache`` is given.
-            cache: this layer's cache state; then rows hold one segment each.
+            cache: this layer's cache; then rows hold one segment each.
         """
-        width = self.width(x.shape[-1])
-        q = self._heads(x, self.num_heads, width, "q", positions)
-        k = self._heads(x, self.num_kv_heads, width, "k", positions)
-        v = self._heads(x, self.num_kv_heads, width, "v", None)
-        kv_positions, kv_segments = positions, segments
-        q_segments = segments
-        if policy is not None:
-            cache = policy.append(cache, k=k, v=v, positions=positions, segments=segments)
-            k, v, kv_positions, kv_segments = policy.view(cache, q=q)
-            q_segments = (segments > 0).astype(jnp.int32)
+        heads = self.heads(x.shape[-1])
+        new = Entries(
+            q=self._project(x, self.num_heads, heads.width, "q", self.qk_norm),
+            k=self._project(x, self.num_kv_heads, heads.width, "k", self.qk_norm),
+            v=self._project(x, self.num_kv_heads, heads.width, "v", None),
+            positions=positions,
+            segments=segments,
+        )
+        if cache is None:
+            out = self._within(new, heads)
+        else:
+            out, cache = cache.attend(new, rule=self.rule, impl=self.impl)
+        out = out.reshape(*x.shape[:2], self.num_heads * heads.width)
+        return Linear(x.shape[-1], axes=("heads", "embed"), name="out")(out), cache
+
+    def _within(self, new: Entries, heads: Heads) -> Float[Array, "B T H E"]:
         attend = functools.partial(
             block_sparse_attention,
             rule=self.rule,
-            scale=width**-0.5 if self.scale is None else self.scale,
-            softcap=self.softcap,
-            # A cache holds its entries in any order, which only the plain form takes.
-            impl=self.impl if policy is None else "ref",
+            scale=heads.scale,
+            softcap=heads.softcap,
+            impl=self.impl,
         )
-        out = per_device(
+        return per_device(
             attend,
             axes=_AXES,
             out=_HEADS,
-            q=q,
-            k=k,
-            v=v,
-            q_positions=positions,
-            kv_positions=kv_positions,
-            q_segments=q_segments,
-            kv_segments=kv_segments,
+            q=heads.rotate(new.q, positions=new.positions),
+            k=heads.rotate(new.k, positions=new.positions),
+            v=new.v,
+            q_positions=new.positions,
+            kv_positions=new.positions,
+            q_segments=new.segments,
+            kv_segments=new.segments,
         )
-        out = out.reshape(*x.shape[:2], self.num_heads * width)
-        return Linear(x.shape[-1], axes=("heads", "embed"), name="out")(out), cache
 
     def flops(self, dim: int) -> int:
         """Queries, keys, values and output."""
@@ -174,14 +185,10 @@ class Attention(Mixer):
 
         return jax.lax.scan(count, jnp.float32(0), active)[0]
 
-    def _heads(
-        self, x: Hidden, count: int, width: int, name: str, positions: Positions | None
+    def _project(
+        self, x: Hidden, count: int, width: int, name: str, norm: RMSNorm | None
     ) -> Float[Array, "B T H E"]:
         axes = ("embed", "heads")
         flat = Linear(count * width, axes=axes, bias=self.qkv_bias, name=name)(x)
         heads = flat.reshape(*x.shape[:2], count, width)
-        if positions is None:
-            return heads
-        if self.qk_norm is not None:
-            heads = self.qk_norm.copy(parent=self, name=f"{name}_norm")(heads)
-        return rotate(heads, positions=positions, base=self.rope_base, scaling=self.rope_scaling)
+        return heads if norm is None else norm.copy(parent=self, name=f"{name}_norm")(heads)

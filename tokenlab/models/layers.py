@@ -150,6 +150,25 @@ def rotate(
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """:func:`rotate` of one kind of layer.
+
+    Attributes:
+        base: wavelength base of the slowest pair.
+        scaling: change of the frequencies.
+    """
+
+    base: float
+    scaling: RotaryScaling | None = None
+
+    def __call__(
+        self, x: Float[Array, "B T H E"], *, positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T H E"]:
+        """``x`` turned by its positions."""
+        return rotate(x, positions=positions, base=self.base, scaling=self.scaling)
+
+
 class FeedForward(nn.Module, abc.ABC):
     """The feed-forward family: mixes the channels of each token by itself."""
 

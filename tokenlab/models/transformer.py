@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import flax.struct
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from tokenlab.cache import CachePolicy
+from tokenlab.cache import Cache, CachePolicy, LayerCache, Room
 from tokenlab.core.arrays import Array, Float, Hidden, Logits, Positions, Segments, Tokens
 from tokenlab.core.ledger import Ledger
 from tokenlab.core.parameters import parameter
@@ -49,16 +49,13 @@ class Block(nn.Module):
         *,
         positions: Positions,
         segments: Segments,
-        policy: CachePolicy | None = None,
-        cache: PyTree = None,
+        cache: LayerCache | None = None,
         train: bool = False,
-    ) -> tuple[Hidden, PyTree]:
+    ) -> tuple[Hidden, LayerCache | None]:
         """One layer; returns the stream and the layer's new cache."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
         normed = self.norm.copy(parent=self, name="mixer_norm")(x)
-        update, cache = self.mixer(
-            normed, positions=positions, segments=segments, policy=policy, cache=cache
-        )
+        update, cache = self.mixer(normed, positions=positions, segments=segments, cache=cache)
         x = x + drop(self._post_normed(update, "mixer"))
         normed = self.norm.copy(parent=self, name="feedforward_norm")(x)
         x = x + drop(self._post_normed(self.feedforward(normed), "feedforward"))
@@ -102,7 +99,7 @@ class ModelOutput:
 
     hidden: Hidden
     trace: DepthTrace
-    cache: PyTree = None
+    cache: Cache | None = None
 
 
 class Transformer(nn.Module):
@@ -144,8 +141,7 @@ class Transformer(nn.Module):
         *,
         positions: Positions,
         segments: Segments,
-        policy: CachePolicy | None = None,
-        cache: PyTree = None,
+        cache: Cache | None = None,
         train: bool = False,
     ) -> ModelOutput:
         """Runs the stack.
@@ -154,8 +150,7 @@ class Transformer(nn.Module):
             tokens: token ids.
             positions: position of each token in its document.
             segments: document of each token in its row, 0 for padding.
-            policy: cache policy; None in training.
-            cache: caches from ``init_cache`` or an earlier call.
+            cache: from ``empty_cache`` or an earlier call; None in training.
             train: whether dropout is on (stream ``dropout``).
         """
         if self.is_initializing():
@@ -168,7 +163,6 @@ class Transformer(nn.Module):
             num_layers=self.num_layers,
             positions=positions,
             segments=segments,
-            policy=policy,
             cache=cache,
             train=train,
         )
@@ -198,38 +192,55 @@ class Transformer(nn.Module):
         """
         valid = jnp.sum(segments > 0).astype(jnp.float32)
         kinds = self.block.kinds()
-        flops = pairs = jnp.float32(0)
-        for number, kind in enumerate(kinds):
-            active = trace.active[number :: len(kinds)]
-            runs = jnp.sum(active).astype(jnp.float32)
-            admitted = kind.mixer.pairs(active=active, positions=positions, segments=segments)
-            per_token = kind.mixer.flops(self.dim) + kind.feedforward.flops(self.dim)
-            flops += runs * per_token + admitted * kind.mixer.flops_per_pair(self.dim)
-            pairs += admitted
+        pairs = jnp.stack(
+            [
+                kind.mixer.pairs(
+                    active=trace.active[number :: len(kinds)],
+                    positions=positions,
+                    segments=segments,
+                )
+                for number, kind in enumerate(kinds)
+            ]
+        )
+        runs = jnp.sum(trace.active, axis=(1, 2), dtype=jnp.float32)
+        projected = valid * 2 * self.vocab_size * self.dim
         return Ledger(
             passes=jnp.float32(1),
             tokens=valid,
             slots=jnp.float32(segments.size),
             block_tokens=jnp.sum(trace.depth).astype(jnp.float32),
-            attended_pairs=pairs,
-            flops=flops + valid * 2 * self.vocab_size * self.dim,
+            attended_pairs=jnp.sum(pairs),
+            flops=self.flops(runs, pairs) + projected,
         )
 
-    def init_cache(self, policy: CachePolicy, *, batch: int) -> PyTree:
-        """Empty caches of all layers.
+    @nn.nowrap
+    def flops(self, runs: Any, pairs: Any) -> Any:
+        """Operations of the blocks, without the vocabulary projection.
+
+        Args:
+            runs: tokens that went through each application, ``[R]``.
+            pairs: query-key pairs of each application, ``[R]``, or of each kind of layer.
+        """
+        kinds = self.block.kinds()
+        total = 0.0
+        for number, kind in enumerate(kinds):
+            per_token = kind.mixer.flops(self.dim) + kind.feedforward.flops(self.dim)
+            total += runs[number :: len(kinds)].sum() * per_token
+            total += pairs[number :: len(kinds)].sum() * kind.mixer.flops_per_pair(self.dim)
+        return total
+
+    @nn.nowrap
+    def empty_cache(self, policy: CachePolicy, *, batch: int, capacity: int) -> Cache:
+        """Caches of all layers, for ``batch`` rows of up to ``capacity`` tokens.
 
         Raises:
+            UserError: the policy has no room for this, or the depth program does not decode.
             ValueError: a mixer is not attention.
         """
-        return tuple(
-            policy.init(
-                batch=batch,
-                num_kv_heads=mixer.num_kv_heads,
-                head_dim=mixer.width(self.dim),
-                dtype=self.dtype,
-            )
-            for mixer in self.attentions()
-        )
+        order = self.depth.cached_layers(self.num_layers)
+        mixers = self.attentions()
+        heads = tuple(mixers[i].heads(self.dim) for i in order)
+        return Cache.empty(policy, Room(batch, capacity, self.dtype), heads)
 
     @nn.nowrap
     def attentions(self) -> tuple[Attention, ...]:

@@ -1,4 +1,4 @@
-"""Processors reshape logits, samplers draw from them and record both log-probabilities."""
+"""Processors reshape the logits that tokens are drawn from."""
 
 from __future__ import annotations
 
@@ -10,16 +10,49 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from tokenlab.core.arrays import Array, Float, Int, RowKeys
+from tokenlab.core.arrays import Array, Bool, Float, Int
 
 RowLogits = Float[Array, "B V"]
+
+
+class History(NamedTuple):
+    """What each row has read and written.
+
+    Attributes:
+        tokens: prompt and what was written after it; anything from ``lengths`` on.
+        lengths: tokens of a row.
+        prompts: tokens of its prompt.
+    """
+
+    tokens: Int[Array, "B C"]
+    lengths: Int[Array, " B"]
+    prompts: Int[Array, " B"]
+
+    def written(self) -> Bool[Array, "B C"]:
+        """Where the tokens are that were written."""
+        place = jnp.arange(self.tokens.shape[1])[None, :]
+        return (place >= self.prompts[:, None]) & (place < self.lengths[:, None])
+
+    def last(self, count: int) -> Int[Array, "B N"]:
+        """The last ``count`` tokens of each row, -1 before its beginning."""
+        place = self.lengths[:, None] - count + jnp.arange(count)[None, :]
+        found = jnp.take_along_axis(self.tokens, jnp.maximum(place, 0), axis=1)
+        return jnp.where(place >= 0, found, -1)
+
+    def append(self, tokens: Int[Array, " B"], running: Bool[Array, " B"]) -> History:
+        """With one more token in the rows that are ``running``."""
+        rows = jnp.arange(len(tokens))
+        place = jnp.where(running, self.lengths, self.tokens.shape[1])
+        written = self.tokens.at[rows, place].set(tokens, mode="drop")
+        return self._replace(tokens=written, lengths=self.lengths + running)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processor(abc.ABC):
     """The processor family: changes what is sampled, never what the model believes.
 
-    Tokens are ruled out by logits of minus infinity.
+    Tokens are ruled out by logits of minus infinity. A member that needs more than the history
+    keeps a state, whose leaves are rows first.
     """
 
     def init(self, *, batch: int) -> PyTree:
@@ -27,8 +60,16 @@ class Processor(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def __call__(self, logits: RowLogits, state: PyTree) -> tuple[RowLogits, PyTree]:
-        """Logits to sample from, and the new state."""
+    def __call__(
+        self, logits: RowLogits, state: PyTree, *, history: History
+    ) -> tuple[RowLogits, PyTree]:
+        """Logits to sample from, and the new state.
+
+        Args:
+            logits: of the model, as earlier processors left them; float32.
+            state: own state.
+            history: the tokens before the one to be drawn.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +86,9 @@ class Temperature(Processor):
         if not self.value > 0:
             raise ValueError(f"temperature {self.value} must be above 0; use Greedy() for 0")
 
-    def __call__(self, logits: RowLogits, state: PyTree) -> tuple[RowLogits, PyTree]:
+    def __call__(
+        self, logits: RowLogits, state: PyTree, *, history: History
+    ) -> tuple[RowLogits, PyTree]:
         """``logits / value``."""
         return logits / self.value, state
 
@@ -66,7 +109,9 @@ class TopK(Processor):
         if self.k < 1:
             raise ValueError(f"k {self.k} must be at least 1")
 
-    def __call__(self, logits: RowLogits, state: PyTree) -> tuple[RowLogits, PyTree]:
+    def __call__(
+        self, logits: RowLogits, state: PyTree, *, history: History
+    ) -> tuple[RowLogits, PyTree]:
         """Rules out everything below the k-th logit."""
         kth = jax.lax.top_k(logits, min(self.k, logits.shape[-1]))[0][:, -1:]
         return jnp.where(logits >= kth, logits, -jnp.inf), state
@@ -89,7 +134,9 @@ class TopP(Processor):
         if not 0 < self.p <= 1:
             raise ValueError(f"p {self.p} must be above 0 and at most 1")
 
-    def __call__(self, logits: RowLogits, state: PyTree) -> tuple[RowLogits, PyTree]:
+    def __call__(
+        self, logits: RowLogits, state: PyTree, *, history: History
+    ) -> tuple[RowLogits, PyTree]:
         """Rules out tokens before which the mass is already reached."""
         ordered = jnp.sort(logits, axis=-1)
         # Summed from the unlikely end, where rounding would otherwise lose the whole tail.
@@ -115,7 +162,9 @@ class MinP(Processor):
         if not 0 <= self.p <= 1:
             raise ValueError(f"p {self.p} must be in 0..1")
 
-    def __call__(self, logits: RowLogits, state: PyTree) -> tuple[RowLogits, PyTree]:
+    def __call__(
+        self, logits: RowLogits, state: PyTree, *, history: History
+    ) -> tuple[RowLogits, PyTree]:
         """Compares log-probabilities, which differ from logits by a constant."""
         best = jnp.max(logits, axis=-1, keepdims=True)
         return jnp.where(logits - best >= jnp.log(self.p), logits, -jnp.inf), state
@@ -135,83 +184,9 @@ class FirstTokens(Processor):
         if self.count < 1:
             raise ValueError(f"count {self.count} must be at least 1")
 
-    def __call__(self, logits: RowLogits, state: PyTree) -> tuple[RowLogits, PyTree]:
+    def __call__(
+        self, logits: RowLogits, state: PyTree, *, history: History
+    ) -> tuple[RowLogits, PyTree]:
         """Rules out tokens from ``count`` on."""
         known = jnp.arange(logits.shape[-1])[None, :] < self.count
         return jnp.where(known, logits, -jnp.inf), state
-
-
-class Draw(NamedTuple):
-    """Drawn tokens and how likely they were.
-
-    Attributes:
-        token: the tokens.
-        logp_model: log-probability under the model itself.
-        logp_behaviour: log-probability under what was sampled from.
-    """
-
-    token: Int[Array, " B"]
-    logp_model: Float[Array, " B"]
-    logp_behaviour: Float[Array, " B"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampler(abc.ABC):
-    """The sampler family.
-
-    Attributes:
-        processors: applied to the logits in turn.
-    """
-
-    processors: tuple[Processor, ...] = ()
-
-    def init(self, *, batch: int) -> PyTree:
-        """States of all processors."""
-        return tuple(processor.init(batch=batch) for processor in self.processors)
-
-    def __call__(self, logits: RowLogits, state: PyTree, *, keys: RowKeys) -> tuple[Draw, PyTree]:
-        """Draws one token per row.
-
-        Args:
-            logits: float32, of the model.
-            state: of the processors.
-            keys: one key per row, so that a row's draw does not depend on its neighbours.
-        """
-        shaped, states = logits, []
-        for processor, one in zip(self.processors, state, strict=True):
-            shaped, one = processor(shaped, one)
-            states.append(one)
-        token, logp_behaviour = self.choose(shaped, keys)
-        logp = jax.nn.log_softmax(logits, axis=-1)
-        logp_model = jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
-        return Draw(token, logp_model, logp_behaviour), tuple(states)
-
-    @abc.abstractmethod
-    def choose(
-        self, logits: RowLogits, keys: RowKeys
-    ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-        """Tokens and their log-probability under the rule of choice."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Greedy(Sampler):
-    """The most likely token, with probability one."""
-
-    def choose(
-        self, logits: RowLogits, keys: RowKeys
-    ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-        """The first of the highest logits."""
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Categorical(Sampler):
-    """A token in proportion to its probability after the processors."""
-
-    def choose(
-        self, logits: RowLogits, keys: RowKeys
-    ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-        """One categorical draw per row."""
-        token = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-        logp = jax.nn.log_softmax(logits, axis=-1)
-        return token, jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]

@@ -1,0 +1,161 @@
+"""Passes of a model over its cache, and what they cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from tokenlab.cache import Cache
+from tokenlab.core.arrays import Array, Float, Hidden, Int
+from tokenlab.core.ledger import Ledger
+from tokenlab.models import Transformer
+
+
+class Spent(flax.struct.PyTreeNode):
+    """Work of the passes so far, cached attention aside, which a cache counts itself.
+
+    Attributes:
+        runs: tokens that went through each application of a layer.
+        passes: passes of the model.
+        slots: positions computed, padding included.
+        tokens: tokens read.
+        projected: positions whose logits were asked for.
+    """
+
+    runs: Float[Array, " R"]
+    passes: Float[Array, ""]
+    slots: Float[Array, ""]
+    tokens: Float[Array, ""]
+    projected: Float[Array, ""]
+
+    def after(self, out: Any, segments: Int[Array, "B T"], projected: Array | int = 0) -> Spent:
+        """With one more pass.
+
+        Args:
+            out: ``models.ModelOutput``.
+            segments: of the pass.
+            projected: positions whose logits are asked for.
+        """
+        return Spent(
+            runs=self.runs + jnp.sum(out.trace.active, axis=(1, 2), dtype=jnp.float32),
+            passes=self.passes + 1,
+            slots=self.slots + segments.size,
+            tokens=self.tokens + jnp.sum(segments > 0),
+            projected=self.projected + projected,
+        )
+
+    def plus(self, other: Spent) -> Spent:
+        """Both."""
+        return jax.tree.map(jnp.add, self, other)
+
+
+def nothing_spent(model: Transformer) -> Spent:
+    """Before the first pass."""
+    zero = jnp.float32(0)
+    applications = len(model.depth.cached_layers(model.num_layers))
+    return Spent(jnp.zeros(applications), zero, zero, zero, zero)
+
+
+def ledger(
+    model: Transformer,
+    spent: Spent,
+    *,
+    pairs: Float[np.ndarray, " L"],
+    held: Float[np.ndarray, " L"],
+) -> Ledger:
+    """Costs in the ledger's units.
+
+    Args:
+        model: the model.
+        spent: its passes.
+        pairs: query-key pairs attended, per cache.
+        held: entries kept at the end, per cache.
+    """
+    spent = jax.tree.map(lambda x: np.asarray(x, np.float64), spent)
+    mixers = model.attentions()
+    layers = model.depth.cached_layers(model.num_layers)
+    widths = [2 * mixers[i].num_kv_heads * mixers[i].width(model.dim) for i in layers]
+    projection = 2 * model.vocab_size * model.dim
+    return Ledger(
+        passes=float(spent.passes),
+        tokens=float(spent.tokens),
+        slots=float(spent.slots),
+        block_tokens=float(spent.runs.sum()),
+        attended_pairs=float(np.sum(pairs)),
+        flops=float(model.flops(spent.runs, pairs) + spent.projected * projection),
+        cache_entries=float(np.sum(held)),
+        cache_bytes=float(np.dot(held, widths)) * jnp.dtype(model.dtype).itemsize,
+    )
+
+
+def read(
+    model: Transformer,
+    params: PyTree,
+    cache: Cache,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+) -> Any:
+    """One pass over ``cache``; gives ``models.ModelOutput``."""
+    return model.apply(
+        {"params": params}, tokens, positions=positions, segments=segments, cache=cache
+    )
+
+
+def logits_of(model: Transformer, params: PyTree, hidden: Hidden) -> Float[Array, "B T V"]:
+    """Float32 logits."""
+    logits: Any = model.apply({"params": params}, hidden, method="logits")
+    return logits
+
+
+def prefill(
+    model: Transformer,
+    params: PyTree,
+    cache: Cache,
+    tokens: Int[Array, "B W"],
+    lengths: Int[Array, " B"],
+    *,
+    chunk: int | None = None,
+) -> tuple[Cache, Float[Array, "B 1 D"], Spent]:
+    """Reads prompts, ``chunk`` tokens at a time.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        cache: empty.
+        tokens: prompts, zeros behind them.
+        lengths: their lengths.
+        chunk: tokens of a pass; None is all. Rows are padded to a multiple of it.
+
+    Returns:
+        The cache, the last hidden state of each prompt, and the work.
+    """
+    batch, width = tokens.shape
+    chunk = width if chunk is None else min(chunk, width)
+    tokens = jnp.pad(tokens, ((0, 0), (0, -width % chunk)))
+    spent = nothing_spent(model)
+
+    def step(cache: Cache, last: Array, spent: Spent, start: Array | int):
+        part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
+        positions = jnp.broadcast_to(start + jnp.arange(chunk)[None], part.shape)
+        segments = (positions < lengths[:, None]).astype(jnp.int32)
+        out = read(model, params, cache, part, positions=positions, segments=segments)
+        at = (lengths - 1 - start)[:, None, None]
+        here = jnp.take_along_axis(out.hidden, jnp.clip(at, 0, chunk - 1), axis=1)
+        last = jnp.where((at >= 0) & (at < chunk), here, last)
+        return out.cache, last, spent.after(out, segments)
+
+    last = jnp.zeros((batch, 1, model.dim), model.dtype)
+    cache, last, spent = step(cache, last, spent, 0)
+    rest = jnp.arange(chunk, tokens.shape[1], chunk)
+    if len(rest):
+        (cache, last, spent), _ = jax.lax.scan(
+            lambda carry, start: (step(*carry, start), None), (cache, last, spent), rest
+        )
+    return cache, last, spent.replace(projected=spent.projected + batch)
