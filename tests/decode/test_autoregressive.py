@@ -1,5 +1,6 @@
 """Cached decoding against a loop that reads everything again for each token."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,7 @@ from tokenlab import config
 from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.decode import Autoregressive, Categorical, Greedy, Temperature, TopK, TopP
-from tokenlab.decode.autoregressive import _decode, _prefill
+from tokenlab.decode.autoregressive import _decode, _insert, _prefill
 from tokenlab.depth import Sequential
 from tokenlab.models import LinearHead, llama, unrolled
 
@@ -204,6 +205,9 @@ def test_the_bound_on_new_tokens_is_kept_at_the_end_of_the_context():
 def test_prompts_that_cannot_be_decoded_are_user_errors():
     with pytest.raises(UserError, match="a prompt has no token"):
         GREEDY(view(), [[1], []], key=KEY)
+    for wrong in (-1, VOCABULARY):
+        with pytest.raises(UserError, match=f"has token {wrong}, and the model knows 0 to 22"):
+            GREEDY(view(), [[1, wrong]], key=KEY)
     with pytest.raises(UserError, match="there is no prompt"):
         GREEDY(view(), [], key=KEY)
 
@@ -216,6 +220,44 @@ def test_prompts_of_other_lengths_compile_nothing():
         again(view(), prompts, key=jax.random.key(1))
         again(view(), prompts, key=jax.random.key(2), on_tokens=lambda tokens, lengths: None)
     assert (_prefill._cache_size(), _decode._cache_size()) == sizes
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_prompts_that_wait_for_a_slot_are_decoded_as_if_they_had_not(slots):
+    few = dataclasses.replace(SAMPLED, slots=slots)
+    found, shown = few(view(), PROMPTS, key=KEY), []
+    few(view(), PROMPTS, key=KEY, on_tokens=lambda *new: shown.append(new))
+    for name in ("tokens", "lengths"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(sampled(), name))
+    np.testing.assert_allclose(found.logp_model, sampled().logp_model, atol=1e-4)
+    np.testing.assert_array_equal(shown[-1][0], found.tokens[:, : found.lengths.max()])
+    assert any((lengths == 0).any() for _, lengths in shown)  # some waited
+    for name in ("tokens", "block_tokens", "attended_pairs", "cache_entries", "flops"):
+        expected = float(getattr(sampled().ledger, name))
+        assert float(getattr(found.ledger, name)) == pytest.approx(expected)
+
+
+def test_slots_that_are_filled_again_compile_once():
+    few = dataclasses.replace(SAMPLED, slots=2)
+    few(view(), PROMPTS, key=KEY)
+    sizes = _prefill._cache_size(), _decode._cache_size(), _insert._cache_size()
+    few(view(), PROMPTS[::-1] * 2, key=jax.random.key(3))
+    assert (_prefill._cache_size(), _decode._cache_size(), _insert._cache_size()) == sizes
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 40])
+def test_prompts_read_in_chunks_give_the_same(chunk):
+    found = dataclasses.replace(SAMPLED, prefill_chunk=chunk)(view(), PROMPTS, key=KEY)
+    np.testing.assert_array_equal(found.tokens, sampled().tokens)
+    np.testing.assert_allclose(found.logp_model, sampled().logp_model, atol=1e-4)
+    for name in ("tokens", "attended_pairs", "flops"):
+        assert float(getattr(found.ledger, name)) == float(getattr(sampled().ledger, name))
+
+
+@pytest.mark.parametrize("change", [{"slots": 0}, {"prefill_chunk": 0}, {"stream_every": -1}])
+def test_impossible_decoders_are_refused(change):
+    with pytest.raises(UserError, match="must be at least 1"):
+        Autoregressive(**change)
 
 
 def test_a_scanned_model_decodes_as_the_unrolled_one():

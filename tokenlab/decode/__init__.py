@@ -2,6 +2,9 @@
 
 from tokenlab.decode.autoregressive import Autoregressive
 from tokenlab.decode.base import Decoder, Generation
+from tokenlab.decode.constraints import BannedStrings, Constraint, ForcedText
+from tokenlab.decode.grammar import Grammar
+from tokenlab.decode.penalties import PresencePenalty, RepetitionPenalty
 from tokenlab.decode.processors import (
     FirstTokens,
     History,
@@ -10,26 +13,34 @@ from tokenlab.decode.processors import (
     Temperature,
     TopK,
     TopP,
+    Typical,
 )
 from tokenlab.decode.samplers import Categorical, Draw, Greedy, Sampler
 from tokenlab.decode.text import Completion, Samples, complete
 
 __all__ = [
     "Autoregressive",
+    "BannedStrings",
     "Categorical",
     "Completion",
+    "Constraint",
     "Decoder",
     "Draw",
     "FirstTokens",
+    "ForcedText",
     "Generation",
+    "Grammar",
     "Greedy",
     "History",
     "MinP",
+    "PresencePenalty",
     "Processor",
+    "RepetitionPenalty",
     "Sampler",
     "Samples",
     "Temperature",
     "TopK",
     "TopP",
+    "Typical",
     "complete",
 ]

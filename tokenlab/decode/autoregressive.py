@@ -46,6 +46,8 @@ class _State(flax.struct.PyTreeNode):
 class Autoregressive(Decoder):
     """Decodes left to right; a slot whose row has ended takes the next prompt.
 
+    A row also ends where its processors leave no token.
+
     Attributes:
         sampler: draws tokens.
         cache: what is remembered.
@@ -238,7 +240,7 @@ def _decode(
         draw, processors = decoder.sampler(
             state.logits, state.processors, history=state.history, keys=here
         )
-        running = ~state.done
+        running = ~state.done & draw.possible
         segments = running.astype(jnp.int32)[:, None]
         out: Any = read(
             model, params, state.cache, draw.token[:, None],
@@ -256,7 +258,7 @@ def _decode(
             cache=out.cache,
             logits=logits_of(model, params, out.hidden)[:, 0],
             history=history,
-            done=state.done | ended | (history.lengths >= state.limit),
+            done=~running | ended | (history.lengths >= state.limit),
             processors=processors,
             logp_model=written(state.logp_model, draw.logp_model),
             logp_behaviour=written(state.logp_behaviour, draw.logp_behaviour),

@@ -171,6 +171,42 @@ class MinP(Processor):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Typical(Processor):
+    """Keeps the tokens whose surprise is nearest to the entropy, until they hold mass p.
+
+    With ``H = -Σ p log p``, tokens are taken in the order of ``|-log p - H|``; ties all stay.
+
+    Reference: Meister, Pimentel, Wiher, Cotterell, "Locally Typical Sampling", 2022,
+    arXiv:2202.00666.
+
+    Attributes:
+        p: mass to reach, above 0 and at most 1.
+    """
+
+    p: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p <= 1:
+            raise ValueError(f"p {self.p} must be above 0 and at most 1")
+
+    def __call__(
+        self, logits: RowLogits, state: PyTree, *, history: History
+    ) -> tuple[RowLogits, PyTree]:
+        """Rules out tokens before which the mass is already reached."""
+        logp = jax.nn.log_softmax(logits, axis=-1)
+        chances = jnp.exp(logp)
+        surprise = jnp.where(chances > 0, -logp, jnp.inf)
+        entropy = jnp.sum(jnp.where(chances > 0, chances * surprise, 0), axis=-1, keepdims=True)
+        distance = jnp.abs(surprise - entropy)
+        order = jnp.argsort(distance, axis=-1)
+        ordered = jnp.take_along_axis(chances, order, axis=-1)
+        before = jnp.cumsum(ordered, axis=-1) - ordered
+        count = jnp.sum(before < self.p, axis=-1, keepdims=True)
+        farthest = jnp.take_along_axis(jnp.sort(distance, axis=-1), count - 1, axis=-1)
+        return jnp.where(distance <= farthest, logits, -jnp.inf), state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FirstTokens(Processor):
     """Keeps the first tokens of the vocabulary: those a tokenizer has, where the model has more.
 

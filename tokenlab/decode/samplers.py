@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from tokenlab.core.arrays import Array, Float, Int, RowKeys
+from tokenlab.core.arrays import Array, Bool, Float, Int, RowKeys
 from tokenlab.decode.processors import History, Processor, RowLogits
 
 
@@ -21,11 +21,13 @@ class Draw(NamedTuple):
         token: the tokens.
         logp_model: log-probability under the model itself.
         logp_behaviour: log-probability under what was sampled from.
+        possible: whether the processors left any token; where not, the others mean nothing.
     """
 
     token: Int[Array, " B"]
     logp_model: Float[Array, " B"]
     logp_behaviour: Float[Array, " B"]
+    possible: Bool[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,10 +56,11 @@ class Sampler(abc.ABC):
             keys: one key per row, so that a row's draw does not depend on its neighbours.
         """
         shaped, state = self.shape(logits, state, history=history)
-        token, logp_behaviour = self.choose(shaped, keys)
+        possible = jnp.any(shaped > -jnp.inf, axis=-1)
+        token, logp_behaviour = self.choose(jnp.where(possible[:, None], shaped, logits), keys)
         logp = jax.nn.log_softmax(logits, axis=-1)
         logp_model = jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
-        return Draw(token, logp_model, logp_behaviour), state
+        return Draw(token, logp_model, logp_behaviour, possible), state
 
     def shape(
         self, logits: RowLogits, state: PyTree, *, history: History

@@ -14,6 +14,7 @@ from tokenlab.core.errors import UserError
 from tokenlab.core.rng import stream
 from tokenlab.decode.autoregressive import Autoregressive
 from tokenlab.decode.base import Generation
+from tokenlab.decode.constraints import Constraint
 from tokenlab.decode.processors import FirstTokens, Temperature, TopP
 from tokenlab.decode.samplers import Categorical
 from tokenlab.tokenizers.base import Tokenizer
@@ -34,6 +35,7 @@ def complete(
     decoder: Autoregressive,
     seed: int = 0,
     stop: Sequence[str] = (),
+    constraints: Sequence[Constraint] = (),
     on_text: Callable[[int, str], None] | None = None,
 ) -> tuple[list[Completion], Generation]:
     """Continues texts.
@@ -45,6 +47,7 @@ def complete(
         decoder: how tokens are written.
         seed: of the draws.
         stop: a row ends where one of these is first complete in what it wrote.
+        constraints: conditions on what is written.
         on_text: called with a row number and the piece of text that is new, as it appears.
             What could still become a stop string is held back.
 
@@ -52,7 +55,8 @@ def complete(
         Completions, and the tokens and costs behind them.
 
     Raises:
-        UserError: a stop string is empty, or the decoder refuses the prompts.
+        UserError: a stop string is empty, no text satisfies a constraint, or the decoder refuses
+            the prompts.
     """
     if "" in stop:
         raise UserError("a stop string is empty; leave it out to write without one")
@@ -77,7 +81,8 @@ def complete(
 
     # A vocabulary may be padded beyond the tokenizer's, with ids that stand for nothing.
     known = FirstTokens(count=tokenizer.vocab_size)
-    processors = (known, *decoder.sampler.processors)
+    bound = [constraint.bind(tokenizer) for constraint in constraints]
+    processors = (known, *bound, *decoder.sampler.processors)
     decoder = dataclasses.replace(
         decoder, sampler=dataclasses.replace(decoder.sampler, processors=processors)
     )
