@@ -43,7 +43,7 @@ BEST: Mapping[tuple[str, Pass], tuple[Blocks, int]] = {
     ("v5e", "forward"): (Blocks(q=512, k=2048, compute=512), 54046),
     ("v6e", "forward"): (Blocks(q=1024, k=2048, compute=512), 37786),
     ("v5e", "fused"): (Blocks(q=1024, k=512, compute=512), 117764),
-    ("v6e", "fused"): (Blocks(q=1024, k=2048, compute=256), 70993),
+    ("v6e", "fused"): (Blocks(q=2048, k=2048, compute=256), 70993),
 }
 
 

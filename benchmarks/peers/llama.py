@@ -3,7 +3,7 @@
 Runs in an environment of its own (``pip install torch transformers``): prints ``ready``, then for
 each line it reads does one piece of work and prints its seconds. It imports nothing of tokenlab.
 
-python llama.py train BATCH LENGTH | decode BATCH PROMPT NEW
+python llama.py train BATCH LENGTH | decode BATCH PROMPT NEW [--model FOLDER]
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 SHAPE = {
     "vocab_size": 8192,
@@ -43,7 +43,7 @@ def trainer(model, batch, length):
 
 def decoder(model, batch, prompt, new):
     """Greedy continuation of random prompts, by exactly ``new`` tokens."""
-    tokens = torch.randint(SHAPE["vocab_size"], (batch, prompt))
+    tokens = torch.randint(model.config.vocab_size, (batch, prompt))
     options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
     mask = torch.ones_like(tokens)
 
@@ -60,10 +60,16 @@ def main():
     parser.add_argument("work", choices=["train", "decode"])
     parser.add_argument("sizes", nargs="+", type=int)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--model", help="a folder with a published model")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa"))
+    if options.model:
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, attn_implementation="sdpa", dtype=torch.float32
+        )
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa"))
     work = {"train": trainer, "decode": decoder}[options.work](model, *options.sizes)
     model.train(options.work == "train")
     work()

@@ -299,6 +299,10 @@ class Cache(flax.struct.PyTreeNode):
         states = self.policy.after_pass(states)
         return self.replace(states=states, stage="next", seen=None, waiting=())
 
+    def forget(self) -> Cache:
+        """Drops the whole draft."""
+        return self.replace(stage="next", seen=None, waiting=())
+
     def fork(self, rows: Int[Array, " N"]) -> Cache:
         """The caches of ``rows``, in which a row may be twice; they go on apart."""
         states = self._each(lambda policy, state: policy.fork(state, rows))

@@ -29,6 +29,7 @@ class Generation:
         logp_model: log-probability of each under the model, nats; 0 after the end.
         logp_behaviour: log-probability under what was sampled from, nats; 0 after the end.
         ledger: cost of all passes of the model that is decoded.
+        others: cost of other models' passes, by view.
         statistics: what else a decoder counted, by name, per row.
     """
 
@@ -37,6 +38,7 @@ class Generation:
     logp_model: Float[np.ndarray, "B N"]
     logp_behaviour: Float[np.ndarray, "B N"]
     ledger: Ledger
+    others: dict[str, Ledger] = dataclasses.field(default_factory=dict)
     statistics: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @classmethod
