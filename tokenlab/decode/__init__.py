@@ -2,6 +2,7 @@
 
 from tokenlab.decode.autoregressive import Autoregressive
 from tokenlab.decode.base import Decoder, Generation
+from tokenlab.decode.beam import BeamSearch
 from tokenlab.decode.constraints import BannedStrings, Constraint, ForcedText
 from tokenlab.decode.grammar import Grammar
 from tokenlab.decode.penalties import PresencePenalty, RepetitionPenalty
@@ -21,6 +22,7 @@ from tokenlab.decode.text import Completion, Samples, complete
 __all__ = [
     "Autoregressive",
     "BannedStrings",
+    "BeamSearch",
     "Categorical",
     "Completion",
     "Constraint",

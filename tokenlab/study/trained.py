@@ -1,0 +1,31 @@
+"""Models that several arms of a study share: trained once, kept with what else is prepared."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from tokenlab import config
+from tokenlab.core.context import View
+from tokenlab.core.errors import UserError
+from tokenlab.data.fetch import cache_dir
+from tokenlab.experiment import Experiment
+from tokenlab.tokenizers.base import Tokenizer
+from tokenlab.train.loop import train
+from tokenlab.train.run import open_run
+
+
+def trained(experiment: Experiment, *, console: Console | None = None) -> tuple[View, Tokenizer]:
+    """The model of an experiment as its run leaves it, and its tokenizer.
+
+    The run folder lies in the cache under the experiment's fingerprint; a run that was stopped goes
+    on, and one that is finished is only read.
+
+    Raises:
+        UserError: the run was interrupted.
+    """
+    folder = cache_dir() / "trained" / f"{experiment.name}-{config.fingerprint(experiment)}"
+    outcome = train(experiment, folder, console=console or Console(quiet=True))
+    if not outcome.finished:
+        raise UserError(f"the run in {folder} was interrupted; start it again to go on")
+    run, state = open_run(folder)
+    return View(model=run.experiment.model, params=state.best_params), run.tokenizer
