@@ -29,10 +29,16 @@ class Quantized(NamedTuple):
 class Quantizer(abc.ABC):
     """The quantiser family: rounds the kernel of a projection ``y = x @ kernel``.
 
-    ``calibrated`` says whether a member reads second moments of the projection's inputs.
+    ``calibrated`` says whether a member reads second moments of the projection's inputs. Such a
+    member treats each output by itself, so projections of the same inputs may be one matrix.
     """
 
     calibrated: ClassVar[bool] = False
+
+    @property
+    @abc.abstractmethod
+    def code_bits(self) -> int:
+        """Bits of a code, without its share of scales."""
 
     @abc.abstractmethod
     def __call__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 
+from kernels_pallas.block_sparse_attention import MaskRule
 from tokenlab.core.arrays import (
     Array,
     Float,
@@ -47,7 +48,7 @@ _NORMS = {0: "mixer_norm", 2: "feedforward_norm"}
 
 
 @runtime_checkable
-class Decoder(Protocol):
+class DecoderModel(Protocol):
     """What is quantised: a ``models.Transformer`` whose layers have parameters of their own."""
 
     block: Any
@@ -104,7 +105,7 @@ class Layerwise:
 
     def __call__(
         self,
-        model: Decoder,
+        model: DecoderModel,
         params: PyTree,
         *,
         tokens: Int[Array, "N T"] | None = None,
@@ -135,7 +136,7 @@ class Layerwise:
         made, codes = dict(params), {}
         for number, mixer in enumerate(model.attentions()):
             name, block = f"block_{number}", kinds[number % len(kinds)].clone(parent=None)
-            layer = _Layer(block=block, mixer=mixer, width=mixer.width(model.dim))
+            layer = _Layer(block=block, rule=mixer.rule, heads=mixer.heads(model.dim))
             made[name], found, rows = self._layer(layer, params[name], rows)
             codes |= {f"{name}/{path}": one for path, one in found.items()}
         return QuantizedModel(params=made, projections=codes)
@@ -151,13 +152,11 @@ class Layerwise:
         codes = {}
         for group in GROUPS:
             moment = None if rows is None else _summed(layer, group[0], params, rows, weights)
-            for path in group:
-                kernel = _at(params, path)["kernel"]
-                codes[path], values = _rounded(
-                    self.quantizer, kernel, moment, *bases.get(path, (None, None))
-                )
+            kernels = {path: _at(params, path)["kernel"] for path in group}
+            for path, one, values in _rounded(self.quantizer, kernels, moment, bases):
                 dtype = _at(given, path)["kernel"].dtype  # folding made it float32
                 params = _replaced(params, f"{path}/kernel", values.astype(dtype))
+                codes[path] = one
         if rows is not None:
             rows = [_output(layer, params, batch) for batch in rows]
         return params, codes, rows
@@ -205,19 +204,19 @@ def expand(tokens: Int[Array, "N T"], *, copies: int) -> Int[Array, "M T"]:
 
 
 class _Layer(NamedTuple):
-    """One layer: its module, its attention, the width of a head."""
+    """One layer: its module, and the rule and the heads of its attention."""
 
     block: nn.Module
-    mixer: Any
-    width: int
+    rule: MaskRule
+    heads: Any
 
     def bases(self, rotation: Rotation, params: PyTree) -> dict[str, Any]:
         dim, hidden_dim = _at(params, "feedforward/gate")["kernel"].shape
         return rotation.of(
             dim=dim,
-            num_heads=self.mixer.num_heads,
-            num_kv_heads=self.mixer.num_kv_heads,
-            head_dim=self.width,
+            num_heads=self.heads.num_heads,
+            num_kv_heads=self.heads.num_kv_heads,
+            head_dim=self.heads.width,
             hidden_dim=hidden_dim,
         )
 
@@ -234,7 +233,7 @@ class _Rows:
 
 
 def _batches(
-    model: Decoder,
+    model: DecoderModel,
     embedding: Float[Array, "V D"],
     tokens: Int[Array, "N T"],
     segments: Int[Array, "N T"],
@@ -285,7 +284,7 @@ def _output(layer: _Layer, params: PyTree, rows: _Rows) -> _Rows:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _weights(layer: _Layer, method: Layerwise, params: PyTree, rows: _Rows) -> Weights:
     """Factors of the moments, 0 for padding."""
-    seen, mixer = _apply(layer, params, rows)[1]["mixer"], layer.mixer
+    seen = _apply(layer, params, rows)[1]["mixer"]
     view = LayerView(
         tokens=rows.tokens,
         counts=rows.counts,
@@ -294,9 +293,9 @@ def _weights(layer: _Layer, method: Layerwise, params: PyTree, rows: _Rows) -> W
         hidden=rows.hidden,
         queries=seen["queries"][0],
         keys=seen["keys"][0],
-        rule=mixer.rule,
-        scale=layer.width**-0.5 if mixer.scale is None else mixer.scale,
-        softcap=mixer.softcap,
+        rule=layer.rule,
+        scale=layer.heads.scale,
+        softcap=layer.heads.softcap,
     )
     return method.importance(view) ** (2 * method.power)
 
@@ -322,25 +321,41 @@ def _summed(
 
 def _rounded(
     quantizer: Quantizer,
-    kernel: Float[Array, "I O"],
+    kernels: Mapping[str, Float[Array, "I _"]],
     moment: Float[np.ndarray, "I I"] | None,
-    basis: Float[np.ndarray, "I I"] | None,
-    out_basis: Float[np.ndarray, "O O"] | None,
-) -> tuple[Quantized, Float[Array, "I O"]]:
-    """Rounds in other bases; codes are in those, the values in the kernel's own."""
-    exact = np.asarray(kernel, np.float64)
-    if basis is not None:
-        exact = basis.T @ exact
-        moment = None if moment is None else basis.T @ moment @ basis
-    if out_basis is not None:
-        exact = exact @ out_basis
-    found = quantizer(weight=jnp.asarray(exact, jnp.float32), moment=moment)
-    values = np.asarray(found.values, np.float64)
-    if basis is not None:
-        values = basis @ values
-    if out_basis is not None:
-        values = values @ out_basis.T
-    return found, jnp.asarray(values, jnp.float32)
+    bases: Mapping[str, Any],
+) -> Iterator[tuple[str, Quantized, Float[Array, "I _"]]]:
+    """Projections of the same inputs, in other bases: codes in those, values in their own."""
+    left, rights = None, {}
+    for path in kernels:
+        left, rights[path] = bases.get(path, (None, None))
+    rotated = {
+        path: _product(None if left is None else left.T, np.asarray(kernel, np.float64), right)
+        for (path, kernel), right in zip(kernels.items(), rights.values(), strict=True)
+    }
+    if moment is None:
+        found = {path: quantizer(weight=_narrow(kernel)) for path, kernel in rotated.items()}
+    else:
+        moment = _product(None if left is None else left.T, moment, left)
+        whole = quantizer(
+            weight=_narrow(np.concatenate([*rotated.values()], axis=1)), moment=moment
+        )
+        ends = np.cumsum([kernel.shape[1] for kernel in rotated.values()])[:-1].tolist()
+        parts = zip(*(jnp.split(x, ends, axis=1) for x in whole), strict=True)
+        found = {path: Quantized(*part) for path, part in zip(rotated, parts, strict=True)}
+    for path, one in found.items():
+        right = None if rights[path] is None else rights[path].T
+        yield path, one, _narrow(_product(left, np.asarray(one.values, np.float64), right))
+
+
+def _product(left: Any, middle: Any, right: Any) -> Any:
+    """Of what is there."""
+    middle = middle if left is None else left @ middle
+    return middle if right is None else middle @ right
+
+
+def _narrow(x: Float[np.ndarray, "I O"]) -> Float[Array, "I O"]:
+    return jnp.asarray(x, jnp.float32)
 
 
 def _folded(params: PyTree) -> PyTree:

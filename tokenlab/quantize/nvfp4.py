@@ -86,6 +86,11 @@ class NVFP4(Quantizer):
     Reference: NVIDIA, "Pretraining Large Language Models with NVFP4", 2025, arXiv:2509.25149.
     """
 
+    @property
+    def code_bits(self) -> int:
+        """4; with scales a weight takes 4.5."""
+        return 4
+
     def __call__(
         self, *, weight: Float[Array, "I O"], moment: Float[np.ndarray, "I I"] | None = None
     ) -> Quantized:

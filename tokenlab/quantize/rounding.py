@@ -27,6 +27,11 @@ class RoundToNearest(Quantizer):
 
     grid: SymmetricGrid = SymmetricGrid()
 
+    @property
+    def code_bits(self) -> int:
+        """Those of the grid."""
+        return self.grid.bits
+
     def __call__(
         self, *, weight: Float[Array, "I O"], moment: Float[np.ndarray, "I I"] | None = None
     ) -> Quantized:
@@ -63,6 +68,11 @@ class GPTQ(Quantizer):
     grid: SymmetricGrid = SymmetricGrid()
     damping: float = 0.01
     block: int = 128
+
+    @property
+    def code_bits(self) -> int:
+        """Those of the grid."""
+        return self.grid.bits
 
     def __post_init__(self) -> None:
         if not self.damping > 0 or self.block < 1:
@@ -121,8 +131,8 @@ def upper_factor(moment: Float[np.ndarray, "I I"], damping: float) -> Float[np.n
             lower = scipy.linalg.cholesky(moment[::-1, ::-1], lower=True)
         except np.linalg.LinAlgError:
             continue
-        inverse = scipy.linalg.solve_triangular(lower, np.eye(len(moment)), lower=True)
-        return np.asarray(inverse)[::-1, ::-1]
+        (inverse,) = scipy.linalg.get_lapack_funcs(("trtri",), (lower,))
+        return inverse(lower, lower=1)[0][::-1, ::-1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
