@@ -10,8 +10,9 @@ import jax.numpy as jnp
 _LANES = 128
 # Bytes of codes that a TPU handles at a time.
 _TILE_BYTES = 1 << 19
-# Contracted positions whose codes are made numbers at a time.
+# Contracted positions whose codes are made numbers at a time; and as many as may be all.
 _PIECE = 256
+_WHOLE = 1024
 # The longest contraction of which 128 columns fit.
 MOST_CONTRACTED = 2 * 8 * _TILE_BYTES // _LANES
 # Rows of a matrix-vector kernel.
@@ -41,7 +42,7 @@ class Nvfp4MatmulConfig:
 
 def piece(contracted: int) -> int:
     """Contracted positions that a TPU handles at a time: all, or a multiple of 128; 0 if none."""
-    if contracted <= _PIECE:
+    if contracted <= _WHOLE:
         return contracted
     return next((size for size in range(_PIECE, 0, -_LANES) if contracted % size == 0), 0)
 

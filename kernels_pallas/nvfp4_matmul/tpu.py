@@ -4,10 +4,10 @@ A grid step has some columns of the weight with the whole contraction, so each o
 copied once, whatever the number of tokens: 0.5 for a code and 1/16 for its share of a scale.
 
 Contracted positions lie on sublanes. The 16 codes of a block are 8 bytes, which are the 8 sublanes
-of a register: its scale is one row, spread over them. The two codes of a byte are never put in
-order again; instead the tokens come as two matrices, of even and of odd positions. Codes times
-scales are exact in bfloat16, so the matrix unit multiplies without rounding, for float32 results
-too.
+of a register, and there are 8 magnitudes: so a register of magnitudes times the block's scales is a
+table that its own codes pick from. The two codes of a byte are never put in order again; instead
+the tokens come as two matrices, of even and of odd positions. Codes times scales are exact in
+bfloat16, so the matrix unit multiplies without rounding, for float32 results too.
 """
 
 import functools
@@ -32,6 +32,7 @@ from kernels_pallas.nvfp4_matmul.specs import (
 
 # Rows of a tile of bfloat16.
 _ROWS = 16
+_LANES = 128
 
 
 def supports(
@@ -104,36 +105,54 @@ def _tokens(
 def _kernel(even, odd, codes, scales, out, wide, *, size: int) -> None:
     wide[...] = _e4m3(scales[...].astype(jnp.int32))
     half, blocks = size // 2, size // BLOCK
+    # What the eight magnitudes stand for, one in each sublane.
+    number = lax.broadcasted_iota(jnp.int32, (BLOCK // 2, _LANES), 0)
+    magnitudes = _float(number, bias=126, mantissa=1)
 
-    def add(index: Any, total: Any) -> Any:
-        here = pl.ds(_multiple(index, half), half)
-        pairs = codes[here, :].astype(jnp.int32)
-        scale = wide[pl.ds(_multiple(index, blocks), blocks), :]
-        scale = jnp.broadcast_to(scale[:, None, :], (blocks, BLOCK // 2, scale.shape[1]))
-        scale = scale.reshape(half, -1)
-        for tokens, code in ((even, pairs & 15), (odd, lax.shift_right_logical(pairs, 4))):
-            numbers = (_e2m1(code) * scale).astype(jnp.bfloat16)
-            total += jnp.dot(tokens[index], numbers, preferred_element_type=jnp.float32)
-        return total
+    def add(index: Any, totals: Any) -> Any:
+        tokens = even[index], odd[index]
+        sums = []
+        for start, total in zip(range(0, out.shape[1], _LANES), totals, strict=True):
+            lanes = pl.ds(start, _LANES)
+            pairs = codes[pl.ds(_multiple(index, half), half), lanes].astype(jnp.int32)
+            scale = wide[pl.ds(_multiple(index, blocks), blocks), lanes]
+            numbers = [], []
+            for block in range(blocks):
+                pair = pairs[BLOCK // 2 * block : BLOCK // 2 * (block + 1)]
+                scaled = magnitudes * scale[block : block + 1]
+                high = lax.shift_right_logical(pair, 4)
+                numbers[0].append(_picked(scaled, pair & 7, (pair & 8) << 28))
+                numbers[1].append(_picked(scaled, high & 7, (pair & 128) << 24))
+            for left, right in zip(tokens, numbers, strict=True):
+                right = jnp.concatenate(right, axis=0).astype(jnp.bfloat16)
+                total += jnp.dot(left, right, preferred_element_type=jnp.float32)
+            sums.append(total)
+        return tuple(sums)
 
     count = even.shape[0]
-    zeros = jnp.zeros(out.shape, jnp.float32)
-    out[...] = add(0, zeros) if count == 1 else lax.fori_loop(0, count, add, zeros)
+    zeros = (jnp.zeros((_ROWS, _LANES), jnp.float32),) * (out.shape[1] // _LANES)
+    totals = add(0, zeros) if count == 1 else lax.fori_loop(0, count, add, zeros)
+    for number, total in enumerate(totals):
+        out[:, pl.ds(number * _LANES, _LANES)] = total
 
 
 def _multiple(index: Any, size: int) -> Any:
-    return pl.multiple_of(index * size, size) if not isinstance(index, int) else index * size
+    return index * size if isinstance(index, int) else pl.multiple_of(index * size, size)
 
 
-def _e2m1(code: Any) -> Any:
-    """Float32 of codes 0 to 15, by their bits; below 1 a float32 has another exponent."""
-    size = code & 7
-    above = lax.bitcast_convert_type((size << 22) + (126 << 23), jnp.float32)
-    number = jnp.where(size < 2, 0.5 * size.astype(jnp.float32), above)
-    return jnp.where(code < 8, number, -number)
+def _picked(table: Any, index: Any, sign: Any) -> Any:
+    """Entries of each lane's column of a register, with signs: a gather along sublanes."""
+    found = lax.bitcast_convert_type(jnp.take_along_axis(table, index, axis=0), jnp.int32)
+    return lax.bitcast_convert_type(found | sign, jnp.float32)
 
 
 def _e4m3(code: Any) -> Any:
-    """Float32 of scales, which have no sign, by their bits."""
-    above = lax.bitcast_convert_type((code << 20) + (120 << 23), jnp.float32)
-    return jnp.where(code < 8, code.astype(jnp.float32) * 2.0**-9, above)
+    """Float32 of scales, which have no sign."""
+    return _float(code, bias=120, mantissa=3)
+
+
+def _float(code: Any, *, bias: int, mantissa: int) -> Any:
+    """Float32 of a small float without sign, by its bits; below the first exponent it is linear."""
+    above = lax.bitcast_convert_type((code << (23 - mantissa)) + (bias << 23), jnp.float32)
+    linear = code.astype(jnp.float32) * 2.0 ** (bias + 1 - 127 - mantissa)
+    return jnp.where(code < 2**mantissa, linear, above)

@@ -32,7 +32,7 @@ def make(rows=3, contracted=96, columns=150, seed=0):
     def scales(*shape):
         drawn = np.minimum(np.exp(rng.normal(size=shape) * 2), 448)
         drawn = drawn.astype(ml_dtypes.float8_e4m3fn)
-        drawn.reshape(-1)[:2] = 0.0, 2.0**-9
+        drawn.reshape(-1)[:2] = [0.0, 2.0**-9][: drawn.size]
         return drawn
 
     x = rng.integers(0, 256, (rows, contracted // 2)).astype(np.uint8)
@@ -146,8 +146,6 @@ def test_what_cannot_run_is_said():
     arrays, _ = cases(3)
     with pytest.raises(ValueError, match="needs a TPU"):
         nvfp4_matmul(**arrays, impl="tpu")
-    with pytest.raises(ValueError, match="has no impl='gpu'"):
-        nvfp4_matmul(**arrays, impl="gpu")
     many, _ = make(9, 32, 8)
     with pytest.raises(ValueError, match="9 tokens are more than 8"):
         nvfp4_matmul(**many, impl="tpu", config=KERNEL)

@@ -57,8 +57,9 @@ def schedule(shape, topology):
     return found
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v6e"])
-@pytest.mark.parametrize("shape", ["llama-3-8b-up", "llama-3-8b-down"])
+@pytest.mark.parametrize(
+    ("shape", "topology"), [("llama-3-8b-up", "v5e"), ("llama-3-8b-down", "v6e")]
+)
 def test_each_byte_of_the_weight_is_read_once(shape, topology):
     """By windows and passes of the compiled loop: 4.5 bits a weight for 1 token and for 8."""
     found, named = schedule(shape, topology), SHAPES[shape]
