@@ -59,8 +59,8 @@ def nvfp4_matmul(
             reason.
 
     Reference: NVIDIA, "Pretraining Large Language Models with NVFP4", 2025, arXiv:2509.25149 (the
-    format); the matrix-vector product is that of "Accurate Latency-Critical NVFP4 Reasoning via
-    Step-Aware Temperature Scaling" (ReSET).
+    format); Lee, Lee, Yoo, et al., "ReSET: Accurate Latency-Critical NVFP4 Reasoning via Step-Aware
+    Temperature Scaling", 2026, arXiv:2606.13233 (the matrix-vector product).
 
     Differences from the paper: contracted positions lie along the first axis of the weight, as
     in all projections here, so that a block's scale is spread along sublanes; there is no form

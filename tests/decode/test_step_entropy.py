@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.published import tokenizer
 from tokenlab import config
-from tokenlab.decode.step_entropy import StepEnds, StepTemperature, at_temperature
+from tokenlab.decode import Categorical, History, ReSET, StepEnds, Temperature
+from tokenlab.decode.step_entropy import at_temperature
 from tokenlab.tokenizers import ByteTokenizer
 
 ENTROPIES = [0.2, 0.8, 0.4, 0.1, 1.2, 0.9, 1.3, 0.3]
@@ -34,7 +35,7 @@ def logits_of(entropies):
 @functools.partial(jax.jit, static_argnums=0)
 def scanned(rule, rows, boundaries):
     def step(state, at):
-        temperature, state = rule(logits=at[0], boundary=at[1], state=state)
+        temperature, state = rule.temperature(logits=at[0], boundary=at[1], state=state)
         return state, temperature
 
     return jax.lax.scan(step, rule.init(batch=rows.shape[1]), (rows, boundaries))[1]
@@ -62,7 +63,7 @@ def lists(rule, entropies, boundaries):
 
 
 def test_the_trace():
-    rule = StepTemperature(high=1.0, low=0.1, threshold=0.5, window=2)
+    rule = ReSET(high=1.0, low=0.1, threshold=0.5, window=2)
     boundaries = [False] * 4 + [True] + [False] * 3
     found = lists(rule, ENTROPIES, boundaries)
     temperatures, steps, means = zip(*found, strict=True)
@@ -85,7 +86,7 @@ def test_the_trace():
     window=st.sampled_from([1, 3, 20]),
 )  # fmt: skip
 def test_rows_are_lists_each_by_itself(entropies, ends, window):
-    rule = StepTemperature(threshold=0.513, window=window)
+    rule = ReSET(threshold=0.513, window=window)
     ours = np.asarray(run(rule, entropies, ends))
     for row in range(2):
         column = [pair[row] for pair in entropies]
@@ -102,7 +103,7 @@ def test_without_boundaries_no_first_step_is_uncertain():
     """Its mean is that of all tokens, bit for bit, though one is a ring and the other a sum."""
     rng = np.random.default_rng(0)
     for window in (1, 4, 64):
-        rule = StepTemperature(high=1.0, low=0.5, threshold=10.0, window=window)
+        rule = ReSET(high=1.0, low=0.5, threshold=10.0, window=window)
         entropies = rng.uniform(0.1, 2.0, (40, 2))
         assert np.all(run(rule, entropies, np.zeros((40, 2), bool)) == 0.5)
 
@@ -110,11 +111,11 @@ def test_without_boundaries_no_first_step_is_uncertain():
 def test_ends_of_the_rule():
     rng = np.random.default_rng(1)
     entropies, ends = rng.uniform(0.1, 2.0, (20, 3)), rng.random((20, 3)) < 0.2
-    same = StepTemperature(high=0.6, low=0.6)
+    same = ReSET(high=0.6, low=0.6)
     assert np.all(run(same, entropies, ends) == np.float32(0.6))
-    always = StepTemperature(threshold=0.0, low=0.1)
+    always = ReSET(threshold=0.0, low=0.1)
     assert np.all(run(always, entropies, np.zeros((20, 3), bool)) == 1.0)
-    never = StepTemperature(threshold=np.inf, low=0.0)
+    never = ReSET(threshold=np.inf, low=0.0)
     assert not np.any(run(never, entropies, np.zeros((20, 3), bool)))
 
 
@@ -130,9 +131,11 @@ def test_chances_of_the_worse_of_two_tokens():
 
 
 def test_tokens_that_are_ruled_out_have_no_entropy():
-    rule = StepTemperature(threshold=np.log(2) + 1e-3)
+    rule = ReSET(threshold=np.log(2) + 1e-3)
     logits = jnp.array([[0.0, 0.0, -jnp.inf], [0.0, 0.0, 0.0]])
-    found, state = rule(logits=logits, boundary=jnp.zeros(2, bool), state=rule.init(batch=2))
+    found, state = rule.temperature(
+        logits=logits, boundary=jnp.zeros(2, bool), state=rule.init(batch=2)
+    )
     np.testing.assert_allclose(found, [rule.low, rule.high])
     np.testing.assert_allclose(state.total, np.log([2, 3]), rtol=1e-6)
 
@@ -142,9 +145,8 @@ def test_bytes_end_a_step_with_two_line_breaks():
     ends = StepEnds.of(letters)
     assert ends.blank == () and ends.newline == (letters.encode("\n")[0],)
     newline, a = letters.encode("\na")
-    last = jnp.array([newline, newline, a, newline])
-    before = jnp.array([newline, a, newline, -1])
-    np.testing.assert_array_equal(ends(last=last, before=before), [True, False, False, False])
+    last = jnp.array([[newline, newline], [a, newline], [newline, a], [-1, newline]])
+    np.testing.assert_array_equal(ends.reached(last), [True, False, False, False])
 
 
 def test_composite_tokens_end_a_step_by_themselves():
@@ -159,8 +161,8 @@ def test_composite_tokens_end_a_step_by_themselves():
 
     ends = StepEnds.of(Pieces())
     assert ends.blank == (259, 261) and ends.newline == (13, 260)
-    last, before = jnp.array([259, 261, 260, 13]), jnp.array([3, -1, 13, 260])
-    assert np.all(ends(last=last, before=before))
+    last = jnp.array([[3, 259], [-1, 261], [13, 260], [260, 13]])
+    assert np.all(ends.reached(last)) and not np.any(ends.reached(jnp.array([[259, 3]])))
     # A published vocabulary, by the text of each id.
     published = tokenizer()
     found = StepEnds.of(published)
@@ -169,9 +171,9 @@ def test_composite_tokens_end_a_step_by_themselves():
 
 
 def test_it_is_its_own_config_and_compiles_once():
-    rule = StepTemperature(low=0.1, window=4)
+    rule = ReSET(low=0.1, window=4)
     assert config.load(config.dump(rule)) == rule
-    step = jax.jit(lambda rule, logits, state: rule(
+    step = jax.jit(lambda rule, logits, state: rule.temperature(
         logits=logits, boundary=jnp.zeros(2, bool), state=state
     ), static_argnums=0)  # fmt: skip
     state = rule.init(batch=2)
@@ -180,4 +182,34 @@ def test_it_is_its_own_config_and_compiles_once():
     assert step._cache_size() == 1 and temperature.dtype == jnp.float32
     for wrong in ({"high": 0.0}, {"low": -0.1}, {"window": 0}):
         with pytest.raises(ValueError, match="must be"):
-            StepTemperature(**wrong)
+            ReSET(**wrong)
+
+
+def test_the_processor_ends_steps_where_the_text_does():
+    """The trace again, by tokens: a blank line is the fourth token that was written."""
+    rule = ReSET(low=0.1, threshold=0.5, window=2, ends=StepEnds(blank=(7,)))
+    written = [1, 2, 3, 7, 1, 2, 3, 1]
+    tokens = jnp.asarray([[7, 5, *written], [5, 5, 5, 5, 5, 5, 5, 5, 5, 5]])
+    state, found = rule.init(batch=2), []
+    for t, logits in enumerate(logits_of(np.array(ENTROPIES))):
+        lengths = jnp.full(2, 2 + t)
+        past = History(tokens, lengths, jnp.full(2, 2))
+        out, state = rule(jnp.asarray([logits, logits]), state, history=past)
+        found.append(logits[0] / np.asarray(out)[:, 0])
+    np.testing.assert_allclose(np.array(found)[:, 0], [0.1, 1, 0.1, 0.1, 1, 1, 1, 0.1], rtol=1e-5)
+    # The row that never ends a step goes by its own.
+    ours = run(rule, np.array(ENTROPIES)[:, None], np.zeros((8, 1), bool))
+    np.testing.assert_allclose(np.array(found)[:, 1], ours[:, 0], rtol=1e-5)
+
+
+def test_equal_temperatures_are_plain_sampling():
+    logits = jax.random.normal(jax.random.key(0), (64, 9))
+    past = History(jnp.zeros((64, 4), jnp.int32), jnp.ones(64, jnp.int32), jnp.ones(64, jnp.int32))
+    keys = jax.random.split(jax.random.key(1), 64)
+    draws = []
+    for processor in (ReSET(high=0.6, low=0.6), Temperature(value=0.6)):
+        sampler = Categorical(processors=(processor,))
+        draw, _ = sampler(logits, sampler.init(batch=64), history=past, keys=keys)
+        draws.append(draw)
+    np.testing.assert_array_equal(draws[0].token, draws[1].token)
+    np.testing.assert_allclose(draws[0].logp_behaviour, draws[1].logp_behaviour, rtol=1e-5)
