@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenlab import config
+from tokenlab import config as configs
 from tokenlab.core.arrays import Array, Float, Int
 from tokenlab.decode import Categorical, History, ReSET, StepEnds, Temperature, TopP
 from tokenlab.study import Claim, Measured, Study, Trial
@@ -64,7 +64,7 @@ class Traces(Trial):
         rng = np.random.default_rng(seed)
         processor = self.processor
         if isinstance(processor, ReSET):
-            processor = config.replace(processor, {"threshold": self._threshold(rng)})
+            processor = configs.replace(processor, {"threshold": self._threshold(rng)})
         logits, right = self._draw(rng, self.problems)
         tokens = self._sample(processor, logits, seed)
         wrong = (tokens != right[:, None]) & (right >= 0)[:, None]
