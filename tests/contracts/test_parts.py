@@ -13,7 +13,7 @@ from flax import linen as nn
 
 import tokenlab
 from tokenlab import config
-from tokenlab.files import experiment_of
+from tokenlab.files import load_module
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -65,7 +65,8 @@ def instances():
     made = [cls() for cls in PARTS.values() if has_defaults(cls)]
     files = [CHECKOUT / "tests/tiny.py", *(CHECKOUT / "experiments").rglob("*.py")]
     for path in sorted(files):
-        made.extend(parts_of(experiment_of(path)))
+        module = load_module(path)
+        made.extend(parts_of(module.config() if "config" in vars(module) else module.study()))
     return {f"{type(part).__name__}-{number}": part for number, part in enumerate(made)}
 
 

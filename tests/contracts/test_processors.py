@@ -23,6 +23,7 @@ from tokenlab.decode import (
     PresencePenalty,
     Processor,
     RepetitionPenalty,
+    ReSET,
     Sampler,
     Temperature,
     TopK,
@@ -69,6 +70,13 @@ def typical(row, p):
     return np.where(before < p, row, -np.inf)
 
 
+def by_entropy(row, threshold):
+    """The first token of a row, whose step is itself."""
+    chances = softmax(row)
+    entropy = -np.sum(chances * np.log(np.where(chances > 0, chances, 1.0)))
+    return row / (1.0 if entropy >= threshold else 0.3)
+
+
 READ, WRITTEN = [1, 4, 2], [1, 5]  # what ``history`` holds
 
 
@@ -94,6 +102,7 @@ class Rule:
     refused: tuple
     paper: bool = True
     by_number: bool = False
+    stateful: bool = False
 
 
 PROCESSORS = {
@@ -108,6 +117,7 @@ PROCESSORS = {
     RepetitionPenalty: Rule(
         "penalty", (1.0, 1.3, 0.5), repetition, (0.0, float("nan")), True, True
     ),
+    ReSET: Rule("threshold", (0.0, 0.5, 1.2), by_entropy, (-1.0, float("nan")), stateful=True),
     PresencePenalty: Rule("presence", (0.0, 1.5, -1), presence, (200.0, float("nan")), False, True),
 }
 SAMPLERS = (Greedy, Categorical)
@@ -140,7 +150,8 @@ def process(processor, logits):
         processor.init(batch=len(logits)),
         history=history(len(logits)),
     )
-    assert state == () and out.dtype == jnp.float32
+    assert PROCESSORS[type(processor)].stateful or state == ()
+    assert out.dtype == jnp.float32
     return np.asarray(out)
 
 
@@ -162,7 +173,7 @@ def near_a_boundary(row, rule, value):
     if rule.oracle is typical:
         # Distances that differ by a rounding may come in any order.
         return True
-    if rule.oracle not in (top_p, min_p) or value in (0.0, 1.0):
+    if rule.oracle not in (top_p, min_p, by_entropy) or value in (0.0, 1.0):
         return False
     low, high = (rule.oracle(row, value * (1 + error)) for error in (-1e-5, 1e-5))
     return not np.array_equal(low, high)
@@ -239,7 +250,9 @@ def test_rows_and_token_numbers_do_not_matter(member):
 @every_processor
 def test_the_second_call_compiles_nothing(member):
     rule = PROCESSORS[member]
-    run = jax.jit(lambda part, logits: part(logits, (), history=history(2)), static_argnums=0)
+    run = jax.jit(
+        lambda part, logits: part(logits, part.init(batch=2), history=history(2)), static_argnums=0
+    )
     for seed in (0, 1):
         # Equal parts made apart are the same static argument.
         part = member(**{rule.field: rule.values[1]})

@@ -10,10 +10,11 @@ OPERATIONS = (
     "block_sparse_attention",
     "decode_attention",
     "linear_cross_entropy",
+    "nvfp4_matmul",
     "token_routing",
 )
 # A gradient has the forward kernels in it.
-WITHOUT_BACKWARD = ("decode_attention",)
+WITHOUT_BACKWARD = ("decode_attention", "nvfp4_matmul")
 
 
 def cases():

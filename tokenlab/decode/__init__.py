@@ -17,6 +17,7 @@ from tokenlab.decode.processors import (
     Typical,
 )
 from tokenlab.decode.samplers import Categorical, Draw, Greedy, Sampler
+from tokenlab.decode.step_entropy import ReSET, StepEnds, StepEntropy
 from tokenlab.decode.text import Completion, Samples, complete
 
 __all__ = [
@@ -37,9 +38,12 @@ __all__ = [
     "MinP",
     "PresencePenalty",
     "Processor",
+    "ReSET",
     "RepetitionPenalty",
     "Sampler",
     "Samples",
+    "StepEnds",
+    "StepEntropy",
     "Temperature",
     "TopK",
     "TopP",

@@ -143,6 +143,10 @@ class Attention(Mixer):
         return Linear(x.shape[-1], axes=("heads", "embed"), name="out")(out), cache
 
     def _within(self, new: Entries, heads: Heads) -> Float[Array, "B T H E"]:
+        q, k = (heads.rotate(x, positions=new.positions) for x in (new.q, new.k))
+        # For calibration; kept only where asked for.
+        self.sow("intermediates", "queries", q)
+        self.sow("intermediates", "keys", k)
         attend = functools.partial(
             block_sparse_attention,
             rule=self.rule,
@@ -154,8 +158,8 @@ class Attention(Mixer):
             attend,
             axes=_AXES,
             out=_HEADS,
-            q=heads.rotate(new.q, positions=new.positions),
-            k=heads.rotate(new.k, positions=new.positions),
+            q=q,
+            k=k,
             v=new.v,
             q_positions=new.positions,
             kv_positions=new.positions,

@@ -32,6 +32,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Projects the last axis."""
+        self.sow("intermediates", "inputs", x)  # for calibration; kept only where asked for
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", dense_init, shape, self.axes)
         # One matrix of all tokens: XLA:CPU runs [B, T, D] @ [D, F] far below [B*T, D] @ [D, F].
