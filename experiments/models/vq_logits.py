@@ -72,11 +72,11 @@ def config() -> Experiment:
 
 
 @functools.cache
-def untied(seed: int):
+def untied(seed: int, steps: int):
     """The run with a row per token, its parameters, and how often it met each token."""
-    run = Run.of(configs.replace(config(), {"seed": seed}))
+    run = Run.of(configs.replace(config(), {"seed": seed, "steps": steps}))
     counts = np.zeros(VOCABULARY)
-    for batch in itertools.islice(run.batches(), STEPS):
+    for batch in itertools.islice(run.batches(), steps):
         np.add.at(counts, batch["targets"][batch["weights"] > 0], 1.0)
     return run, trained(run, run.trainer.init()), counts
 
@@ -124,14 +124,16 @@ class Tied(Trial):
     Attributes:
         rows: K; as many as tokens is a row per token.
         codes: how tokens share them.
+        steps: of training.
     """
 
     rows: int
     codes: Literal["none", "frequency", "random", "k_means"]
+    steps: int
 
     def measure(self, *, seed: int) -> Measured:
         """Held-out perplexity beside that of a row per token, and both bounds."""
-        run, params, counts = untied(seed)
+        run, params, counts = untied(seed, self.steps)
         full = nats(run, params)
         floor = projected = 0.0
         ours = full
@@ -155,12 +157,12 @@ class Tied(Trial):
             "vq/projection_gap": projected,
             "vq/beyond_floor": ours - full - floor,
         }
-        costs = {"tokens": STEPS * ROWS * LENGTH, "output_rows": self.rows}
+        costs = {"tokens": self.steps * ROWS * LENGTH, "output_rows": self.rows}
         return Measured(figures=figures, costs=costs)
 
     def map(self, seed: int):
         """The map, and the codebook it comes with or None."""
-        _, params, counts = untied(seed)
+        _, params, counts = untied(seed, self.steps)
         if self.codes == "frequency":
             return frequency_codes(counts, self.rows), None
         if self.codes == "random":
@@ -174,12 +176,13 @@ class Tied(Trial):
 
 def study() -> Study:
     """Fewer rows, and three ways to share them."""
-    arms = {"full": Tied(rows=VOCABULARY, codes="none")}
+    tied = functools.partial(Tied, steps=STEPS)
+    arms = {"full": tied(rows=VOCABULARY, codes="none")}
     for part in (2, 4, 16):
-        arms[f"frequency-{part}"] = Tied(rows=VOCABULARY // part, codes="frequency")
+        arms[f"frequency-{part}"] = tied(rows=VOCABULARY // part, codes="frequency")
     for part in (4, 16):
-        arms[f"random-{part}"] = Tied(rows=VOCABULARY // part, codes="random")
-        arms[f"k_means-{part}"] = Tied(rows=VOCABULARY // part, codes="k_means")
+        arms[f"random-{part}"] = tied(rows=VOCABULARY // part, codes="random")
+        arms[f"k_means-{part}"] = tied(rows=VOCABULARY // part, codes="k_means")
     worse = functools.partial(Claim, metric="vq/nats_more")
     return Study(
         name="vq_logits",

@@ -41,14 +41,18 @@ def params():
     return jax.tree.map(lambda x: 3 * x, nn.meta.unbox(made["params"]))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def prompts(model, tokens):
+    return _prompts(model, params(), tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prompts(model, params, tokens):
     """The pass over ragged prompts: hidden states, and pairs of all layers."""
     positions = jnp.broadcast_to(jnp.arange(WIDTH)[None], tokens.shape)
     segments = (positions < jnp.asarray(LENGTHS)[:, None]).astype(jnp.int32)
     cache = model.empty_cache(FullCache(), batch=3, capacity=64)
     out = model.apply(
-        {"params": params()}, tokens, positions=positions, segments=segments, cache=cache
+        {"params": params}, tokens, positions=positions, segments=segments, cache=cache
     )
     return jnp.where(segments[..., None] > 0, out.hidden, 0), out.cache
 
@@ -82,19 +86,20 @@ def test_only_what_reads_no_older_cache_is_sparse():
     """A prompt in two parts: the second one reads everything."""
     model = reading(SPARSE)
 
-    def second(first, rest):
+    @jax.jit
+    def second(params, first, rest):
         cache = model.empty_cache(FullCache(), batch=1, capacity=64)
         for start, part in ((0, first), (first.shape[1], rest)):
             positions = start + jnp.arange(part.shape[1])[None]
             out = model.apply(
-                {"params": params()}, part, positions=positions,
+                {"params": params}, part, positions=positions,
                 segments=jnp.ones_like(part), cache=cache,
             )  # fmt: skip
             cache = out.cache
-        return np.asarray(cache.pairs[:, 0])
+        return cache.pairs[:, 0]
 
     # One span is dense either way, so that what is missing would be missing from the second part.
-    np.testing.assert_array_equal(second(TOKENS[:1, :8], TOKENS[:1, 8:]), 40 * 41 / 2)
+    np.testing.assert_array_equal(second(params(), TOKENS[:1, :8], TOKENS[:1, 8:]), 40 * 41 / 2)
 
 
 def test_no_loss_is_read_from_what_looks_ahead():
