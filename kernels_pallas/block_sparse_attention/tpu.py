@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_sparse_attention import blocks as block_lists
@@ -72,8 +73,10 @@ def _refusal(q, k, rule, blocks, block_q: int, block_k: int, config) -> str | No
         entries = int(visible.sum()) + (~visible.any(1)).sum() + (~visible.any(0)).sum()
     else:
         entries = blocks.shape[1] * blocks.shape[2] + num_k
-    if 4 * q.shape[0] * entries > _LIST_BYTES:
-        return f"{q.shape[0]} rows of {entries} pairs of blocks overflow the scalar memory"
+    # Rows with lists of their own may be taken a few at a time.
+    rows = q.shape[0] if blocks is None else 1
+    if 4 * rows * entries > _LIST_BYTES:
+        return f"{rows} rows of {entries} pairs of blocks overflow the scalar memory"
     if blocks is None:
         return block_lists.static_map_refusal(rule, block_q, block_k, queries, keys)
     return None
@@ -102,12 +105,25 @@ def block_sparse_attention(
     tokens = Tokens(q_positions, kv_positions, q_segments, kv_segments)
     if blocks is not None:
         blocks = block_lists.distinct(blocks, block_lists.count(keys, block_shape[1]))
-        return _attention(passes, q, k, v, tokens, blocks)
+        return _by_rows(passes, q, k, v, tokens, blocks)
     out, log_sum_exp = _attention(passes, q, k, v, tokens, None)
     maps = (block_lists.static_map(rule, *size, queries, keys) for size in sizes)
     # Whichever pass skips something; so that none of them is wrong unseen.
     visible = min(maps, key=lambda blocks: blocks.all())
     return block_lists.where_in_order(out, log_sum_exp, tokens, rule, visible)
+
+
+def _by_rows(passes: _Passes, q, k, v, tokens: Tokens, blocks):
+    """As many rows at a time as have room for their lists in the scalar memory."""
+    rows, num_q, slots = blocks.shape
+    entries = num_q * slots + block_lists.count(k.shape[1], passes.forward.block_k)
+    most = max(1, _LIST_BYTES // (4 * entries))
+    if rows <= most:
+        return _attention(passes, q, k, v, tokens, blocks)
+    together = max(n for n in range(1, most + 1) if rows % n == 0)
+    split = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), (q, k, v, tokens, blocks))
+    found = lax.map(lambda some: _attention(passes, *some), split)
+    return tuple(x.reshape(rows, *x.shape[2:]) for x in found)
 
 
 def _tiles(q, k, rule, blocks, block_shape, config) -> list[tuple[int, int]]:

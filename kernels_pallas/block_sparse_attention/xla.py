@@ -4,8 +4,9 @@ Scores are held transposed, keys by queries. Then all seven matrix products of t
 backward pass contract the last axis of the left side with the first of the right, which is what
 a CPU runs fastest, and the softmax reduces over the outer axis, which vectorises.
 
-A static map is a loop over its pairs, of all rows at a time; lists at run time are a loop over
-their slots, of all blocks of queries at a time, whose blocks of keys are gathered.
+A static map is a loop over its pairs, of all rows at a time. Lists at run time are sorted by their
+length and walked in groups, each as far as its longest list goes, so that the work is that of the
+pairs that are listed, however few they are of those that there is room for.
 
 Axes: ``b`` rows, ``k`` key/value heads, ``g`` query heads of one of them, ``t`` queries,
 ``s`` keys, ``e`` width; ``n`` blocks.
@@ -27,6 +28,10 @@ from kernels_pallas.block_sparse_attention.specs import NOTHING, BlockSparseAtte
 
 # Masked scores; below NOTHING, so that a query that sees nothing has weights of zero, not of one.
 _NEVER = 2 * NOTHING
+
+# Heads of blocks of queries whose lists are walked together: enough to fill all cores, few enough
+# for their scores to stay in cache.
+_TOGETHER = 32
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -113,18 +118,11 @@ def _forward(static: _Static, q, k, v, tokens: Tokens, blocks):
         after = _accumulate(static, before, q_egt[i], k_se[j], v_es[j], visible)
         return _Running(*(_put(x, i, y) for x, y in zip(running, after, strict=True))), None
 
-    def one_slot(running, slot):
-        at = _gather(slot)
-        visible = _listed_visible(static, blocked, slot)
-        return _accumulate(static, running, q_egt, k_se[at], v_es[at], visible), None
-
-    out = jnp.zeros(q_egt.shape, jnp.float32)
-    total = jnp.zeros_like(out[:, :, :, 0])
-    running = _Running(jnp.full_like(total, NOTHING), total, out)
     if blocks is None:
-        running, _ = lax.scan(one_pair, running, _pairs(static, q.shape[1], k.shape[1]))
+        pairs = _pairs(static, q.shape[1], k.shape[1])
+        running, _ = lax.scan(one_pair, _nothing_yet(q_egt), pairs)
     else:
-        running, _ = lax.scan(one_slot, running, blocks.transpose(2, 1, 0))
+        running = _over_lists(static, blocked, blocks, q_egt, k_se, v_es)
     total = jnp.where(running.total > 0, running.total, 1.0)
     out = _whole(running.out / total[:, :, :, None], "nbkegt", q)
     log_sum_exp = (running.highest + jnp.log(total))[:, :, :, None]
@@ -164,18 +162,11 @@ def _backward(static: _Static, residuals, cotangents):
         of_q = _put(of_q, i, of_q[i] + to_q)
         return (of_q, _put(of_k, j, of_k[j] + to_k), _put(of_v, j, of_v[j] + to_v)), None
 
-    def one_slot(gradients, slot):
-        at = _gather(slot)
-        visible = _listed_visible(static, blocked, slot)
-        to_q, to_k, to_v = _gradients(static, queries, k_se[at], k_es[at], v_se[at], visible)
-        of_q, of_k, of_v = gradients
-        return (of_q + to_q, of_k.at[at].add(to_k), of_v.at[at].add(to_v)), None
-
-    gradients = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries.q_egt, k_se, v_se))
     if blocks is None:
+        gradients = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries.q_egt, k_se, v_se))
         gradients, _ = lax.scan(one_pair, gradients, _pairs(static, q.shape[1], k.shape[1]))
     else:
-        gradients, _ = lax.scan(one_slot, gradients, blocks.transpose(2, 1, 0))
+        gradients = _gradients_over_lists(static, blocked, blocks, queries, (k_se, k_es, v_se))
     return (
         _whole(gradients[0], "nbkegt", q),
         _whole(gradients[1][:, :, :, None], "nbkgte", k),
@@ -186,6 +177,27 @@ def _backward(static: _Static, residuals, cotangents):
 
 
 _attention.defvjp(_forward, _backward)
+
+
+class _Group(NamedTuple):
+    """Blocks of queries whose lists are walked together; blocks are numbered over all rows.
+
+    Attributes:
+        queries: the blocks of queries.
+        keys: the block of keys in each place of their lists; behind the last one -1.
+        longest: places of the longest list.
+    """
+
+    queries: Int[Array, "*C R"]
+    keys: Int[Array, "*C N R"]
+    longest: Int[Array, "*C"]
+
+
+class _Lists(NamedTuple):
+    """Lists in groups, the longest first, and where in them each block of queries is."""
+
+    groups: _Group
+    places: Int[Array, " Q"]
 
 
 class _Queries(NamedTuple):
@@ -266,9 +278,96 @@ def _pairs(static: _Static, queries: int, keys: int) -> tuple[Int[Array, " P"], 
     return jnp.asarray(i), jnp.asarray(j)
 
 
-def _gather(slot: Int[Array, "Q B"]) -> tuple[Int[Array, "Q B"], Int[Array, "1 B"]]:
-    """Index of the block of keys that each block of queries lists, any one if it lists none."""
-    return jnp.maximum(slot, 0), jnp.arange(slot.shape[1])[None]
+def _over_lists(static: _Static, blocked: Tokens, blocks, q_egt, k_se, v_es) -> _Running:
+    """The softmax of all blocks of queries, each over the blocks of keys that it lists."""
+    lists = _sorted_lists(blocks, len(k_se), q_egt.shape[2] * q_egt.shape[4])
+    q_flat, k_flat, v_flat = _flat((q_egt, k_se, v_es))
+
+    def one_group(_, group: _Group):
+        q_group = q_flat[group.queries]
+
+        def one_slot(slot, running):
+            at, visible = _listed(static, blocked, group, slot)
+            return _accumulate(static, running, q_group, k_flat[at], v_flat[at], visible)
+
+        return None, lax.fori_loop(0, group.longest, one_slot, _nothing_yet(q_group))
+
+    _, grouped = lax.scan(one_group, None, lists.groups)
+    return _Running(*(_in_place(x, lists, q_egt) for x in grouped))
+
+
+def _gradients_over_lists(static: _Static, blocked: Tokens, blocks, queries: _Queries, keys):
+    """By queries, keys and values."""
+    k_se, _, v_se = keys
+    lists = _sorted_lists(blocks, len(k_se), k_se.shape[2] * queries.q_egt.shape[4])
+    flat, every = _flat(keys), _Queries(*_flat(queries))
+
+    def one_group(of_keys, group: _Group):
+        own = _Queries(*(x[group.queries] for x in every))
+
+        def one_slot(slot, gradients):
+            at, visible = _listed(static, blocked, group, slot)
+            k_se, k_es, v_se = (x[at] for x in flat)
+            to_q, to_k, to_v = _gradients(static, own, k_se, k_es, v_se, visible)
+            of_q, of_k, of_v = gradients
+            return of_q + to_q, of_k.at[at].add(to_k), of_v.at[at].add(to_v)
+
+        start = jnp.zeros(own.q_egt.shape, jnp.float32), *of_keys
+        of_q, *of_keys = lax.fori_loop(0, group.longest, one_slot, start)
+        return tuple(of_keys), of_q
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in _flat((k_se, v_se)))
+    (of_k, of_v), of_q = lax.scan(one_group, zeros, lists.groups)
+    of_q = _in_place(of_q, lists, queries.q_egt)
+    return of_q, of_k.reshape(k_se.shape), of_v.reshape(v_se.shape)
+
+
+def _sorted_lists(blocks: Int[Array, "B Q N"], num_k: int, heads: int) -> _Lists:
+    """The lists, each without holes, by length."""
+    batch, num_q, _ = blocks.shape
+    together = min(max(1, _TOGETHER // heads), batch * num_q)
+    keys = jnp.sort(jnp.where(blocks < 0, num_k, blocks), axis=2)
+    row = jnp.arange(batch)[:, None, None]
+    keys = jnp.where(keys < num_k, keys * batch + row, -1)
+    keys = keys.swapaxes(0, 1).reshape(batch * num_q, -1)
+    lengths = jnp.sum(keys >= 0, axis=1)
+    order = jnp.argsort(-lengths)
+    filled = jnp.pad(order, (0, -len(order) % together), constant_values=-1).reshape(-1, together)
+    groups = _Group(
+        queries=jnp.maximum(filled, 0),
+        keys=jnp.where(filled[:, :, None] < 0, -1, keys[filled]).swapaxes(1, 2),
+        longest=lengths[filled[:, 0]],
+    )
+    return _Lists(groups, jnp.argsort(order))
+
+
+def _flat(arrays: Any) -> list[Array]:
+    """Blocks of all rows behind one another."""
+    return [x.reshape(-1, *x.shape[2:]) for x in arrays]
+
+
+def _in_place(x: Float[Array, "C R ..."], lists: _Lists, like: Any) -> Float[Array, "..."]:
+    """Results of groups, as blocks of rows again."""
+    x = x.reshape(-1, *x.shape[2:])[lists.places]
+    return x.reshape(*like.shape[:2], *x.shape[1:])
+
+
+def _listed(
+    static: _Static, blocked: Tokens, group: _Group, slot: Int[Array, ""]
+) -> tuple[Int[Array, " R"], Bool[Array, "R 1 S 1 T"]]:
+    """The block of keys in one place of each list, and what is seen of it; nothing past the end."""
+    at = lax.dynamic_index_in_dim(group.keys, slot, 0, keepdims=False)
+    there, at = at >= 0, jnp.maximum(at, 0)
+    q_positions, kv_positions, q_segments, kv_segments = _flat(blocked)
+    queries = q_positions[group.queries], q_segments[group.queries]
+    visible = _visible(static, queries, (kv_positions[at], kv_segments[at]))
+    return at, visible & there[:, None, None, None, None]
+
+
+def _nothing_yet(q_egt: Float[Array, "*N K E G T"]) -> _Running:
+    out = jnp.zeros(q_egt.shape, jnp.float32)
+    total = jnp.zeros_like(out[..., 0, :, :])
+    return _Running(jnp.full_like(total, NOTHING), total, out)
 
 
 def _scores(static: _Static, k_se: Float[Array, "*N K S E"], q_egt: Float[Array, "*N K E G T"]):
@@ -296,8 +395,3 @@ def _visible(
         q_seg[..., None, None, None, :],
         kv_seg[..., None, :, None, None],
     )
-
-
-def _listed_visible(static: _Static, blocked: Tokens, slot: Int[Array, "Q B"]):
-    visible = _visible(static, _q_side(blocked, slice(None)), _kv_side(blocked, _gather(slot)))
-    return visible & (slot >= 0)[..., None, None, None, None]

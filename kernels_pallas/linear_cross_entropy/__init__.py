@@ -82,7 +82,8 @@ def linear_cross_entropy(
 
     Differences from the paper: small gradients are left out only where ``config.skip_below``
     asks for it, by what all outputs have in common and relative to each token's incoming
-    gradient; the vocabulary is not sorted; the mean logit is an output as well.
+    gradient; the order of the vocabulary comes from the product of the weight with the mean
+    hidden state, with no sums in the forward pass; the mean logit is an output as well.
     """
     here = targets
     if vocabulary_axes:

@@ -61,6 +61,9 @@ class Tile(NamedTuple):
 class LinearCrossEntropyConfig:
     """Block sizes and what to leave out.
 
+    The paper's filters for bfloat16 are ``skip_below=2**-12, sort_vocabulary=True``, with
+    ``skip_weight=False`` for pretraining; the defaults are exact.
+
     Attributes:
         block_vocabulary: vocabulary entries whose logits are alive at a time: for all tokens
             with ``"xla"``, for ``block_tokens`` of them with ``"tpu"``; ``None`` takes what was
@@ -72,6 +75,10 @@ class LinearCrossEntropyConfig:
             ``|error of by_hidden[n, d]| <= skip_below · s[n] · Σ_v |weight[v, d]|``. A tile
             with a token whose ``mean`` has a gradient is never left out: that gradient is as
             small everywhere, and not small in sum. 0 is exact; the paper has 2**-12 for bfloat16.
+        skip_weight: whether ``skip_below`` holds for the gradients by weight and bias too; the
+            paper advises against it for pretraining, where rare entries live on small gradients.
+        sort_vocabulary: ``"tpu"`` sorts the vocabulary by mean logit before it skips, so that
+            negligible entries share tiles; costs a sorted copy of the weight and of its gradient.
         interpret: of ``pallas_call``: ``True`` or ``pltpu.InterpretParams`` for a machine
             without a TPU.
     """
@@ -79,6 +86,8 @@ class LinearCrossEntropyConfig:
     block_vocabulary: int | None = None
     block_tokens: int | None = None
     skip_below: float = 0.0
+    skip_weight: bool = True
+    sort_vocabulary: bool = False
     interpret: Any = False
 
     def block(self, tokens: int, vocabulary: int) -> int:

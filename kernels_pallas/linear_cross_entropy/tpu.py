@@ -164,11 +164,29 @@ def forward(call: Call, hidden, weight, bias, targets):
 
 def _backward(call: Call, residuals, cotangents):
     hidden, weight, bias, targets, log_sum_exp, entropy = residuals
+    place = None
+    if call.config.skip_below and call.config.sort_vocabulary:
+        order = jnp.argsort(_mean_logits(hidden, weight, bias, cotangents))
+        place = jnp.argsort(order)
+        weight, bias = weight[order], None if bias is None else bias[:, order]
+        targets = jnp.where(targets < 0, -1, place[targets])
     tokens = _tokens(call, targets, log_sum_exp, entropy, cotangents, weight.shape[0])
     to_hidden = by_hidden(call, hidden, weight, _float32(bias), tokens)
+    if not call.config.skip_weight:
+        call = dataclasses.replace(call, config=dataclasses.replace(call.config, skip_below=0.0))
     to_weight, to_bias = by_weight(call, hidden, weight, _float32(bias), tokens)
+    if place is not None:
+        to_weight, to_bias = to_weight[place], None if bias is None else to_bias[:, place]
     to_bias = None if bias is None else to_bias.astype(bias.dtype)
     return to_hidden, to_weight, to_bias, None
+
+
+def _mean_logits(hidden, weight, bias, cotangents) -> Float[Array, " V"]:
+    """Mean over the tokens that have a gradient, before the cap, which keeps the order."""
+    counts = jnp.any(cotangents != 0.0, axis=0).astype(jnp.float32)
+    mean = counts @ hidden.astype(jnp.float32) / jnp.maximum(jnp.sum(counts), 1.0)
+    logits = weight.astype(jnp.float32) @ mean
+    return logits if bias is None else logits + bias[0].astype(jnp.float32)
 
 
 _statistics.defvjp(forward, _backward)

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import sys
 import typing
 from collections.abc import Mapping
 
@@ -60,12 +61,22 @@ def parts_of(value):
             yield from parts_of(item)
 
 
+MODULES = {}  # experiment files, whose classes are those of the instances
+
+
+@pytest.fixture(autouse=True)
+def _same_classes(monkeypatch):
+    """Another test may have loaded an experiment file again."""
+    for module in MODULES.values():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
 def instances():
     """A default instance of each part that has one, and all parts of the experiments."""
     made = [cls() for cls in PARTS.values() if has_defaults(cls)]
     files = [CHECKOUT / "tests/tiny.py", *(CHECKOUT / "experiments").rglob("*.py")]
     for path in sorted(files):
-        module = load_module(path)
+        module = MODULES[path.stem] = load_module(path)
         made.extend(parts_of(module.config() if "config" in vars(module) else module.study()))
     return {f"{type(part).__name__}-{number}": part for number, part in enumerate(made)}
 

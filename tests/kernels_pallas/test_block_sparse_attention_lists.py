@@ -17,6 +17,7 @@ from kernels_pallas.block_sparse_attention import (
     SlidingWindow,
     merge_partial,
     partial_attention,
+    tpu,
 )
 
 B, T, H, K, E = 2, 23, 4, 2, 8
@@ -142,6 +143,20 @@ def test_what_no_list_names_gets_no_gradient(impl):
     for gradient in gradients[1:]:
         assert not np.any(gradient[0, 4:8])
     assert all(np.all(np.isfinite(x)) and np.any(x) for x in gradients)
+
+
+def test_rows_whose_lists_overflow_the_scalar_memory_are_taken_in_turn(monkeypatch):
+    arrays, cotangents = _arrays()
+    expected = _both(arrays, cotangents, _tokens(), LISTS, rule=Causal(), impl="ref")
+    room = 4 * (LISTS.shape[1] * LISTS.shape[2] + 6)
+    monkeypatch.setattr(tpu, "_LIST_BYTES", room)  # of one row
+    jax.clear_caches()  # of what was traced with another size
+    ours = _both(arrays, cotangents, _tokens(), LISTS, rule=Causal(), impl="tpu")
+    _assert_equal(ours, expected)
+    monkeypatch.setattr(tpu, "_LIST_BYTES", room - 1)
+    with pytest.raises(ValueError, match="1 rows of 18 pairs of blocks overflow"):
+        jax.clear_caches()
+        _both(arrays, cotangents, _tokens(), LISTS, rule=Causal(), impl="tpu")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -189,6 +189,54 @@ def test_what_the_skip_drops_is_within_the_bound(scale):
     assert float(jnp.max(error)) < 0.01 * float(jnp.max(jnp.abs(exact[0])))
 
 
+def _shuffled(arrays):
+    """The same vocabulary in an order that leaves no tile without a heavy entry."""
+    (hidden, weight, bias), targets, cotangents = arrays
+    order = jax.random.permutation(jax.random.key(5), weight.shape[0])
+    place = jnp.argsort(order)
+    return ((hidden, weight[order], bias[order]), place[targets], cotangents), place
+
+
+def test_sorting_gathers_what_the_skip_can_drop():
+    arrays, place = _shuffled(_skewed())
+    natural, ordered = (
+        LinearCrossEntropyConfig(
+            block_tokens=128,
+            block_vocabulary=128,
+            interpret=True,
+            skip_below=BFLOAT16_EPSILON,
+            sort_vocabulary=sort,
+        )
+        for sort in (False, True)
+    )
+    exact, plain = _both(*arrays)[1], _both(*arrays, config=natural)[1]
+    _close(plain, exact, 1e-6)
+    ours = _both(*arrays, config=ordered)[1]
+    assert not jnp.any(ours[1][place[512:]]) and not jnp.any(ours[2][place[512:]])
+    assert jnp.all(jnp.any(ours[1][place[:64]] != 0.0, axis=1))
+    bound = BFLOAT16_EPSILON * jnp.sum(jnp.abs(arrays[0][1]), axis=0)
+    error = jnp.abs(ours[0] - exact[0])
+    assert bool(jnp.all(error <= bound[None, None])) and jnp.any(error > 0.0)
+    kept = jnp.any(ours[1] != 0.0, axis=1)
+    _close(ours[1][kept], exact[1][kept], 1e-3)
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_the_weight_may_be_spared_the_skip(sort):
+    arrays = _skewed()
+    config = LinearCrossEntropyConfig(
+        block_tokens=128,
+        block_vocabulary=128,
+        interpret=True,
+        skip_below=BFLOAT16_EPSILON,
+        skip_weight=False,
+        sort_vocabulary=sort,
+    )
+    exact, ours = _both(*arrays)[1], _both(*arrays, config=config)[1]
+    _close(ours[1:], exact[1:], 1e-6)
+    assert jnp.any(ours[0] != exact[0])
+
+
 def test_the_skip_is_decided_on_all_gradients_together():
     """Logits (20, 0, 0, 0): softmax minus one-hot is under 1e-8, yet d(lse²) is about 40."""
     parameters = (jnp.ones((1, 2, 1)), jnp.array([[20.0], [0.0], [0.0], [0.0]]), None)
@@ -247,7 +295,8 @@ def test_a_narrow_model_compiles_as_well():
 def test_the_skip_and_ragged_shapes_compile():
     arrays = _arrays(dtype=jnp.bfloat16)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
-    step = functools.partial(_both, impl=None, config=LinearCrossEntropyConfig(skip_below=2**-12))
+    config = LinearCrossEntropyConfig(skip_below=2**-12, sort_vocabulary=True)
+    step = functools.partial(_both, impl=None, config=config)
     assert "tpu_custom_call" in aot.compile_tpu(step, *shapes).as_text()
 
 

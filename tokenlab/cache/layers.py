@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import flax.struct
@@ -17,6 +18,8 @@ from tokenlab.core.per_device import per_device
 
 Impl = Literal["ref", "xla", "tpu", "gpu"]
 Partial = tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]
+# Of turned entries: the result and the number of pairs.
+First = Callable[[Entries, Heads], tuple[Float[Array, "B T H E"], Float[Array, " B"]]]
 # What the tokens of a pass are: the beginnings of their rows, what follows, or a draft that is not
 # appended yet.
 Stage = Literal["first", "next", "draft"]
@@ -52,7 +55,7 @@ class LayerCache(flax.struct.PyTreeNode):
     waiting: Entries | None = None
 
     def attend(
-        self, new: Entries, *, rule: MaskRule, impl: Impl | None
+        self, new: Entries, *, rule: MaskRule, impl: Impl | None, first: First | None = None
     ) -> tuple[Float[Array, "B T H E"], LayerCache]:
         """Attention of the tokens of a pass over each other and the past.
 
@@ -60,6 +63,7 @@ class LayerCache(flax.struct.PyTreeNode):
             new: the tokens, not turned yet.
             rule: which keys a query may see.
             impl: form of the kernels.
+            first: attention of the beginnings of rows with themselves, in place of the kernels.
 
         Returns:
             What they read, and the cache with them appended, or waiting where they are a draft.
@@ -77,8 +81,11 @@ class LayerCache(flax.struct.PyTreeNode):
                 part, count = _over_view(view, new, heads, rule, impl)
                 parts.append(part)
                 pairs += count
-        own, count = _over_each_other(turned, self.seen, heads, rule, impl)
-        out = _merged([*parts, own])
+        if self.stage == "first" and first is not None:
+            out, count = first(turned, heads)
+        else:
+            own, count = _over_each_other(turned, self.seen, heads, rule, impl)
+            out = _merged([*parts, own])
         if self.stage == "draft":
             return out, self.replace(state=state, waiting=kept, pairs=pairs + count)
         state = policy.append(state, kept, heads=heads)

@@ -7,17 +7,28 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from kernels_pallas.linear_cross_entropy import TargetLogits, linear_cross_entropy
+from kernels_pallas.linear_cross_entropy import (
+    LinearCrossEntropyConfig,
+    TargetLogits,
+    linear_cross_entropy,
+)
 from tokenlab.core.arrays import Array, PRNGKeyArray, Values
 from tokenlab.core.per_device import mesh_axes, per_device
+from tokenlab.core.projection import SharedRows
 from tokenlab.core.rng import stream
 
 LossImpl = Literal["ref", "xla", "tpu"]
 _TOKENS = ("batch", "length")
-_AXES = {"hidden": (*_TOKENS, None), "weight": ("vocab", None), "targets": _TOKENS}
+_AXES = {
+    "hidden": (*_TOKENS, None),
+    "weight": ("vocab", None),
+    "targets": _TOKENS,
+    "bias": ("vocab",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +76,7 @@ class Context:
         self._views = views
         self._key = key
         self._outputs: dict[str, Any] = {}
-        self._logits: dict[tuple[str, LossImpl | None], TargetLogits] = {}
+        self._logits: dict[tuple[str, LossImpl | None, Any], TargetLogits] = {}
 
     def output(self, view: str = "policy") -> Any:
         """The forward pass of ``view`` (``models.ModelOutput``)."""
@@ -81,32 +92,49 @@ class Context:
             )
         return self._outputs[view]
 
-    def target_logits(self, view: str = "policy", impl: LossImpl | None = None) -> TargetLogits:
+    def target_logits(
+        self,
+        view: str = "policy",
+        impl: LossImpl | None = None,
+        config: LinearCrossEntropyConfig | None = None,
+    ) -> TargetLogits:
         """Target logit, log-sum-exp and mean logit per token, without logits in memory.
 
         Args:
             view: the model.
             impl: form of ``kernels_pallas.linear_cross_entropy``; None takes the best that the
                 platform has.
+            config: its block sizes, and what its backward pass may leave out.
         """
-        if (view, impl) not in self._logits:
+        if (view, impl, config) not in self._logits:
             weight = self._views[view](method="head_weight")
-            hidden = self.output(view).hidden
+            hidden, targets = self.output(view).hidden, self.batch["targets"]
+            shared = weight if isinstance(weight, SharedRows) else None
+            arrays = {"targets": targets}
+            if shared is not None:
+                bias, weight = shared.row_bias(), shared.rows
+                arrays = {"targets": jnp.take(shared.codes, targets, mode="clip"), "bias": bias}
             project = functools.partial(
                 linear_cross_entropy,
                 softcap=self._views[view].model.head.softcap,
                 vocabulary_axes=mesh_axes("vocab", weight.shape[0]),
                 impl=impl,
+                config=config,
             )
-            self._logits[view, impl] = per_device(
+            logits = per_device(
                 project,
                 axes=_AXES,
                 out=_TOKENS,
                 hidden=hidden,
                 weight=weight.astype(hidden.dtype),
-                targets=self.batch["targets"],
+                **arrays,
             )
-        return self._logits[view, impl]
+            if shared is not None:
+                logits = shared.of_tokens(
+                    logits, hidden=hidden, targets=targets, row_bias=arrays["bias"]
+                )
+            self._logits[view, impl, config] = logits
+        return self._logits[view, impl, config]
 
     def token_logp(self, view: str = "policy", impl: LossImpl | None = None) -> Values:
         """Log-probability of each target under ``view``, in nats."""

@@ -80,7 +80,7 @@ def ledger(
     mixers = model.attentions()
     layers = model.depth.cached_layers(model.num_layers)
     widths = [2 * mixers[i].num_kv_heads * mixers[i].width(model.dim) for i in layers]
-    projection = 2 * model.vocab_size * model.dim
+    projection = 2 * model.head.rows(model.vocab_size) * model.dim
     return Ledger(
         passes=float(spent.passes),
         tokens=float(spent.tokens),

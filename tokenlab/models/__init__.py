@@ -1,7 +1,7 @@
 """Pure Linen models and their parts."""
 
 from tokenlab.models.attention import Attention, Mixer
-from tokenlab.models.heads import Head, LinearHead, TiedHead
+from tokenlab.models.heads import Head, LinearHead, TiedHead, VQHead
 from tokenlab.models.layers import (
     FeedForward,
     GatedFeedForward,
@@ -47,6 +47,7 @@ __all__ = [
     "SwiGLU",
     "TiedHead",
     "Transformer",
+    "VQHead",
     "llama",
     "rotate",
     "transformer_1m",

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kernels_pallas.block_sparse_attention import Causal, MaskRule, block_sparse_attention
+from tokenlab.attention import PrefillAttention, Prefilled
 from tokenlab.cache import Entries, Heads, LayerCache
 from tokenlab.core.arrays import Array, Bool, Float, Hidden, Positions, Scalar, Segments
+from tokenlab.core.errors import UserError
 from tokenlab.core.per_device import per_device
 from tokenlab.models.layers import Linear, RMSNorm, Rotary, RotaryScaling
 
@@ -71,6 +73,7 @@ class Attention(Mixer):
         qkv_bias: whether queries, keys and values have biases.
         rope_scaling: change of the rotary frequencies, or None.
         scale: factor of the scores; None is head width ** -0.5.
+        prefill: attention of a whole prompt with itself, or None for all of what the rule shows.
     """
 
     num_heads: int
@@ -84,6 +87,7 @@ class Attention(Mixer):
     qkv_bias: bool = False
     rope_scaling: RotaryScaling | None = None
     scale: float | None = None
+    prefill: PrefillAttention | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -138,15 +142,46 @@ class Attention(Mixer):
         if cache is None:
             out = self._within(new, heads)
         else:
-            out, cache = cache.attend(new, rule=self.rule, impl=self.impl)
+            first = None if self.prefill is None else self._prefilled
+            out, cache = cache.attend(new, rule=self.rule, impl=self.impl, first=first)
         out = out.reshape(*x.shape[:2], self.num_heads * heads.width)
         return Linear(x.shape[-1], axes=("heads", "embed"), name="out")(out), cache
+
+    def _prefilled(
+        self, new: Entries, heads: Heads
+    ) -> tuple[Float[Array, "B T H E"], Float[Array, " B"]]:
+        """Whole prompts, turned already; the result and the pairs."""
+        part = self.prefill
+        assert part is not None
+
+        def attend(**arrays: Array) -> tuple[Array, ...]:
+            options = {"rule": self.rule, "softcap": heads.softcap, "impl": self.impl}
+            return tuple(part(**arrays, scale=heads.scale, **options))
+
+        found = Prefilled(
+            *per_device(
+                attend,
+                axes=_AXES | {"positions": _ROWS, "segments": _ROWS},
+                out=(_HEADS, *[("batch", "heads")] * 3),
+                **new._asdict(),
+            )
+        )
+        self.sow("prefill", "density", found.density)
+        self.sow("prefill", "visited", found.visited)
+        return found.out, jnp.mean(found.pairs, axis=1)
 
     def _within(self, new: Entries, heads: Heads) -> Float[Array, "B T H E"]:
         q, k = (heads.rotate(x, positions=new.positions) for x in (new.q, new.k))
         # For calibration; kept only where asked for.
         self.sow("intermediates", "queries", q)
         self.sow("intermediates", "keys", k)
+        if self.prefill is not None and not self.is_initializing():
+            if not self.prefill.causal:
+                raise UserError(
+                    f"{type(self.prefill).__name__} looks at later queries, so no loss may be read"
+                    " from it: set prefill=None, or score what follows a prompt read into a cache"
+                )
+            return self._prefilled(new._replace(q=q, k=k), heads)[0]
         attend = functools.partial(
             block_sparse_attention,
             rule=self.rule,

@@ -14,6 +14,7 @@ from tokenlab.cache import Cache, CachePolicy, LayerCache, Room
 from tokenlab.core.arrays import Array, Float, Hidden, Logits, Positions, Segments, Tokens
 from tokenlab.core.ledger import Ledger
 from tokenlab.core.parameters import parameter
+from tokenlab.core.projection import SharedRows
 from tokenlab.depth import DepthProgram, DepthTrace, Sequential
 from tokenlab.models.attention import Attention, Mixer
 from tokenlab.models.heads import Head, TiedHead
@@ -173,13 +174,16 @@ class Transformer(nn.Module):
         """The model to evaluate and decode with, on the same parameters; an equal one if causal."""
         return self.clone(depth=self.depth.causal_twin())
 
-    def head_weight(self) -> Float[Array, "V D"]:
+    def head_weight(self) -> Float[Array, "V D"] | SharedRows:
         """The vocabulary projection, float32."""
         return self.head(self.embedding)
 
     def logits(self, hidden: Hidden) -> Logits:
         """Float32 logits of a few positions; training never calls this on whole batches."""
-        weight = self.head_weight().astype(hidden.dtype)
+        weight = self.head_weight()
+        if isinstance(weight, SharedRows):
+            return weight.logits(hidden)
+        weight = weight.astype(hidden.dtype)
         logits = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
         cap = self.head.softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -188,7 +192,7 @@ class Transformer(nn.Module):
         """Costs of one forward pass and its vocabulary projection, without a cache.
 
         Matrix products only: a block costs ``2 * parameters`` per token and ``4 * heads * width``
-        per admitted pair; the projection costs ``2 * vocabulary * width`` per token.
+        per admitted pair; the projection costs ``2 * rows * width`` per token.
         """
         valid = jnp.sum(segments > 0).astype(jnp.float32)
         kinds = self.block.kinds()
@@ -203,7 +207,7 @@ class Transformer(nn.Module):
             ]
         )
         runs = jnp.sum(trace.active, axis=(1, 2), dtype=jnp.float32)
-        projected = valid * 2 * self.vocab_size * self.dim
+        projected = valid * 2 * self.head.rows(self.vocab_size) * self.dim
         return Ledger(
             passes=jnp.float32(1),
             tokens=valid,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 
-from kernels_pallas.linear_cross_entropy import TargetLogits
+from kernels_pallas.linear_cross_entropy import LinearCrossEntropyConfig, TargetLogits
 from tokenlab.core.arrays import Values
 from tokenlab.core.context import Context, LossImpl
 from tokenlab.objectives.base import TokenLoss
@@ -19,14 +19,16 @@ class VocabularyLoss(TokenLoss, abc.ABC):
         view: the model that is scored.
         impl: form of ``kernels_pallas.linear_cross_entropy``; None takes the best that the
             platform has.
+        config: its block sizes, and which small gradients it may leave out.
     """
 
     view: str = "policy"
     impl: LossImpl | None = None
+    config: LinearCrossEntropyConfig | None = None
 
     def __call__(self, context: Context) -> Values:
         """The loss of every position."""
-        return self.of(context.target_logits(self.view, self.impl))
+        return self.of(context.target_logits(self.view, self.impl, self.config))
 
     @abc.abstractmethod
     def of(self, logits: TargetLogits) -> Values:

@@ -212,12 +212,12 @@ def _last_two_axes(params: PyTree) -> PyTree:
 
 
 def decayed(params: PyTree) -> PyTree:
-    """Which parameters weight decay acts on: all but norm scales and biases."""
+    """Which parameters weight decay acts on: all but norm scales, biases and tables of codes."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_decayed(path), params)
 
 
 def _is_decayed(path: tuple) -> bool:
-    return not {"scale", "bias"} & set(_names(path))
+    return not {"scale", "bias", "codes"} & set(_names(path))
 
 
 def _names(path: tuple) -> list[str]:
