@@ -25,13 +25,20 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # What also runs on the newest supported JAX: every place where an interface of it is used.
 SMOKE = {"kernels_pallas", "models", "train", "decode", "golden", "e2e"}
-# But for what says nothing of interfaces: predicted times, random shapes, compiling all of them.
+# But for what says nothing of interfaces: predicted times, random shapes, compiling all of them,
+# and more than one generation of TPUs.
 NOT_SMOKE = {
     "test_attention_speed",
+    "test_beam",
+    "test_constraints",
+    "test_drafted_trees",
     "test_every_shape",
     "test_linear_cross_entropy_properties",
+    "test_scoring",
+    "test_step_entropy",
     "test_tuned",
 }
+OTHER_GENERATIONS = ("v5p", "v6e", "tpu7x")
 # Where a NaN is an error at the operation that makes it.
 WITHOUT_NANS = {"models", "cache", "decode"}
 
@@ -42,7 +49,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.path.parent.name in SMOKE and item.path.stem not in NOT_SMOKE:
+        told = item.path.parent.name in SMOKE and item.path.stem not in NOT_SMOKE
+        if told and not any(name in item.name for name in OTHER_GENERATIONS):
             item.add_marker(pytest.mark.smoke)
     slow = config.getoption("--slow")
     out = [item for item in items if (item.get_closest_marker("slow") is not None) != slow]
