@@ -55,7 +55,7 @@ class Repeating(Trial):
         documents, rng = corpus.documents("held_out"), np.random.default_rng(seed)
         ids = []
         for number in rng.permutation(len(documents)):
-            tokens = tokenizer.encode(documents[int(number)][:2000])
+            tokens = tokenizer.encode(documents[int(number)].text[:2000])
             if len(tokens) < 180:
                 continue
             shown = tokens[20:180]

@@ -84,7 +84,7 @@ class Writing(Trial):
         documents = CORPUS.documents("held_out")
         order = np.random.default_rng(seed).permutation(len(documents))
         ids = [
-            [tokenizer.bos_id, *tokenizer.encode(documents[int(i)])][: self.length]
+            [tokenizer.bos_id, *tokenizer.encode(documents[int(i)].text)][: self.length]
             for i in order[: self.prompts]
         ]
         key, drafter = stream(seed, "write"), None
