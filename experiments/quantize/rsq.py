@@ -9,11 +9,16 @@ Paper:    Sung, Yadav, Li, Yoon, Bansal, "RSQ: Learning from Important Tokens Le
 Command:  python -m tokenlab data fetch english_prose
           python -m tokenlab models fetch smollm2_135m
           python -m tokenlab study experiments/quantize/rsq.py
-Hardware: one CPU core.
-Expected: to be measured.
+Hardware: one CPU core, an hour on a busy machine; every arm that has run is kept.
+Expected: on the planted layer RSQ has a third of GPTQ's error on important tokens and nearly twice
+          its error on all. The model has 1.18 bits per byte as it is; at three bits 2.65 by
+          rounding, 2.12 by GPTQ, 1.345 rotated and 1.315 by RSQ; at two bits 5.52, 4.79, 1.83 and
+          1.77. One claim does not hold: that GPTQ without a rotation beats rounding by 5 % at two
+          bits, of which three draws are not enough (13 %, interval -2 to 29).
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -23,7 +28,7 @@ from tokenlab.core.arrays import Array, Int
 from tokenlab.data import TfdsCorpus
 from tokenlab.data.base import Corpus, Document
 from tokenlab.evals import HeldOutText
-from tokenlab.interop import load_pretrained
+from tokenlab.interop import Pretrained, load_pretrained
 from tokenlab.interop.assets import fetch_model
 from tokenlab.quantize import (
     GPTQ,
@@ -111,6 +116,11 @@ class Beginnings(Corpus):
         return f"{self.corpus.fingerprint}-{self.count}-{self.size}"
 
 
+@functools.cache
+def _model() -> Pretrained:
+    return load_pretrained(fetch_model("smollm2_135m"))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedModel(Trial):
     """Held-out bits per byte of SmolLM2-135M after quantisation.
@@ -129,7 +139,7 @@ class PublishedModel(Trial):
 
     def measure(self, *, seed: int) -> Measured:
         """Calibrates on rows of training documents that the seed draws."""
-        model, params, tokenizer = load_pretrained(fetch_model("smollm2_135m"))
+        model, params, tokenizer = _model()
         bits = 32.0
         if self.method is not None:
             tokens = self._calibration(tokenizer, seed)
@@ -169,7 +179,7 @@ def _published(bits: int) -> dict[str, PublishedModel]:
 
 
 def study() -> Study:
-    """The planted layer at three bits, the model at two, three and four."""
+    """The planted layer at three bits, the model at two and three."""
     important = {"metric": "planted/important", "margin": 0.25, "relative": True}
     claims = [
         Claim(arm="planted_rsq", than="planted_nearest", **important),
@@ -202,7 +212,6 @@ def study() -> Study:
             "unquantised": PublishedModel(method=None),
             **_published(3),
             **_published(2),
-            **_published(4),
         },
         matched="bits",
         claims=tuple(claims),

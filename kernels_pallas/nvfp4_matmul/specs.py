@@ -11,7 +11,7 @@ _LANES = 128
 # Bytes of codes that a TPU handles at a time.
 _TILE_BYTES = 1 << 19
 # Contracted positions whose codes are made numbers at a time; and as many as may be all.
-_PIECE = 256
+_PIECE = 512
 _WHOLE = 1024
 # The longest contraction of which 128 columns fit.
 MOST_CONTRACTED = 2 * 8 * _TILE_BYTES // _LANES

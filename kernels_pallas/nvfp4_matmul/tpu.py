@@ -109,31 +109,29 @@ def _kernel(even, odd, codes, scales, out, wide, *, size: int) -> None:
     number = lax.broadcasted_iota(jnp.int32, (BLOCK // 2, _LANES), 0)
     magnitudes = _float(number, bias=126, mantissa=1)
 
-    def add(index: Any, totals: Any) -> Any:
-        tokens = even[index], odd[index]
-        sums = []
-        for start, total in zip(range(0, out.shape[1], _LANES), totals, strict=True):
-            lanes = pl.ds(start, _LANES)
-            pairs = codes[pl.ds(_multiple(index, half), half), lanes].astype(jnp.int32)
-            scale = wide[pl.ds(_multiple(index, blocks), blocks), lanes]
-            numbers = [], []
-            for block in range(blocks):
-                pair = pairs[BLOCK // 2 * block : BLOCK // 2 * (block + 1)]
-                scaled = magnitudes * scale[block : block + 1]
-                high = lax.shift_right_logical(pair, 4)
-                numbers[0].append(_picked(scaled, pair & 7, (pair & 8) << 28))
-                numbers[1].append(_picked(scaled, high & 7, (pair & 128) << 24))
-            for left, right in zip(tokens, numbers, strict=True):
-                right = jnp.concatenate(right, axis=0).astype(jnp.bfloat16)
-                total += jnp.dot(left, right, preferred_element_type=jnp.float32)
-            sums.append(total)
-        return tuple(sums)
+    def add(index: Any, total: Any, lanes: Any) -> Any:
+        pairs = codes[pl.ds(_multiple(index, half), half), lanes].astype(jnp.int32)
+        scale = wide[pl.ds(_multiple(index, blocks), blocks), lanes]
+        numbers = [], []
+        for block in range(blocks):
+            pair = pairs[BLOCK // 2 * block : BLOCK // 2 * (block + 1)]
+            scaled = magnitudes * scale[block : block + 1]
+            high = lax.shift_right_logical(pair, 4)
+            numbers[0].append(_picked(scaled, pair & 7, (pair & 8) << 28))
+            numbers[1].append(_picked(scaled, high & 7, (pair & 128) << 24))
+        for left, right in zip((even[index], odd[index]), numbers, strict=True):
+            right = jnp.concatenate(right, axis=0).astype(jnp.bfloat16)
+            total += jnp.dot(left, right, preferred_element_type=jnp.float32)
+        return total
 
-    count = even.shape[0]
-    zeros = (jnp.zeros((_ROWS, _LANES), jnp.float32),) * (out.shape[1] // _LANES)
-    totals = add(0, zeros) if count == 1 else lax.fori_loop(0, count, add, zeros)
-    for number, total in enumerate(totals):
-        out[:, pl.ds(number * _LANES, _LANES)] = total
+    def columns(group: Any, carry: Any) -> Any:
+        lanes, zeros = pl.ds(_multiple(group, _LANES), _LANES), jnp.zeros((_ROWS, _LANES))
+        count = even.shape[0]
+        step = functools.partial(add, lanes=lanes)
+        out[:, lanes] = step(0, zeros) if count == 1 else lax.fori_loop(0, count, step, zeros)
+        return carry
+
+    lax.fori_loop(0, out.shape[1] // _LANES, columns, 0)
 
 
 def _multiple(index: Any, size: int) -> Any:

@@ -79,7 +79,7 @@ def test_it_is_what_loops_say(impl, rows):
 
 
 # Of one piece and of several, one block of columns and several, a last block that is not full.
-SIZES = [(32, 1), (576, 40), (1536, 130), (2048, 300)]
+SIZES = [(32, 1), (576, 40), (1152, 130)]
 
 
 @pytest.mark.parametrize(("contracted", "columns"), SIZES)
@@ -89,7 +89,7 @@ def test_forms_agree_at_other_sizes(contracted, columns):
         close(multiply(**arrays, impl=impl, config=config), expected)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     rows=st.integers(1, 8),
     blocks=st.integers(1, 12),
@@ -142,10 +142,12 @@ def test_results_are_rounded_once():
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=2**-8)
 
 
-def test_what_cannot_run_is_said():
+def test_what_cannot_run_is_said(unchecked):
     arrays, _ = cases(3)
     with pytest.raises(ValueError, match="needs a TPU"):
         nvfp4_matmul(**arrays, impl="tpu")
+    with pytest.raises(ValueError, match="has no impl='gpu'"):
+        nvfp4_matmul(**arrays, impl="gpu")
     many, _ = make(9, 32, 8)
     with pytest.raises(ValueError, match="9 tokens are more than 8"):
         nvfp4_matmul(**many, impl="tpu", config=KERNEL)

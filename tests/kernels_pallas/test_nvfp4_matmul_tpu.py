@@ -14,7 +14,7 @@ from kernels_pallas.nvfp4_matmul.specs import SHAPES, arguments, piece
 from tests.kernels_pallas.test_nvfp4_matmul import close, make
 
 
-@pytest.mark.parametrize(("contracted", "columns"), [(64, 200), (2048, 128)])
+@pytest.mark.parametrize(("contracted", "columns"), [(64, 200), (1152, 128)])
 def test_nothing_races_and_nothing_unwritten_is_read(contracted, columns):
     arrays, expected = make(3, contracted, columns)
     config = Nvfp4MatmulConfig(block_columns=128, interpret=STRICT)
@@ -23,9 +23,11 @@ def test_nothing_races_and_nothing_unwritten_is_read(contracted, columns):
     close(out, expected)
 
 
-@pytest.mark.parametrize("shape", ["smollm2-135m-up", "llama-3-8b-down"])
-@pytest.mark.parametrize("topology", ["v5e", "v6e"])
-def test_it_compiles(topology, shape):
+@pytest.mark.parametrize(
+    ("shape", "topology"),
+    [("smollm2-135m-up", "v5e"), ("llama-3-8b-down", "v5e"), ("smollm2-135m-up", "v6e")],
+)
+def test_it_compiles(shape, topology):
     made = arguments(SHAPES[shape])
 
     def multiply(arrays):
@@ -58,7 +60,11 @@ def schedule(shape, topology):
 
 
 @pytest.mark.parametrize(
-    ("shape", "topology"), [("llama-3-8b-up", "v5e"), ("llama-3-8b-down", "v6e")]
+    ("shape", "topology"),
+    [
+        ("llama-3-8b-up", "v5e"),
+        pytest.param("llama-3-8b-down", "v6e", marks=pytest.mark.slow),
+    ],
 )
 def test_each_byte_of_the_weight_is_read_once(shape, topology):
     """By windows and passes of the compiled loop: 4.5 bits a weight for 1 token and for 8."""
@@ -74,8 +80,8 @@ def test_each_byte_of_the_weight_is_read_once(shape, topology):
     assert sum(found.windows) - codes - scales < 0.5 * steps * codes
     assert found.spills == 0
     # Making numbers of codes takes longer than reading them; on a v5e less long than bfloat16.
-    loop = sum(segment.bundles for segment in found.segments if segment.loops == 2)
-    per_weight = loop / (tile * piece(named.contracted))
+    loop = sum(segment.bundles for segment in found.segments if segment.loops == 3)
+    per_weight = loop / (128 * piece(named.contracted))
     peak = predict.PEAKS[topology]
     read = 4.5 / 8 / peak.bytes_per_cycle
     assert read < per_weight < (2 / peak.bytes_per_cycle if topology == "v5e" else 5 * read)
