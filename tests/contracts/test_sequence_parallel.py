@@ -101,8 +101,8 @@ with placed_on(MeshShape(sequence=P, data=1).build()):
     [
         (RingAttention, 4),
         (TokenRing, 4),
-        (TokenRing, 8),
         pytest.param(RingAttention, 8, marks=pytest.mark.slow),
+        pytest.param(TokenRing, 8, marks=pytest.mark.slow),
     ],
 )
 def test_equals_one_device_forward_and_backward(member, devices):
