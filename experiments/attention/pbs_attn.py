@@ -10,9 +10,12 @@ Paper:    Wang et al., "Sparser Block-Sparse Attention via Token Permutation", 2
 Command:  python -m tokenlab data fetch english_prose
           python -m tokenlab models fetch smollm2_135m
           python -m tokenlab study experiments/attention/pbs_attn.py
-Hardware: two CPU cores, six minutes.
-Expected: on planted data the permuted blocks are a fifth fewer or more at equal mass and far more
-          exact at equal share.
+Hardware: two CPU cores, ten minutes.
+Expected: on planted data, 20 % fewer blocks at equal mass and 96 % less error at equal share. On
+          text, 11 and 7 % fewer blocks at equal mass, and what follows costs the same; but at
+          equal share plain blocks are nearer to dense attention (hidden states off by 0.047
+          against 0.055, and 0.036 against 0.041 with 4,096 tokens and the paper's blocks), so
+          that the study does not hold.
 """
 
 import dataclasses

@@ -46,7 +46,7 @@ from tokenlab.train.optimizer import AdamW, WarmupStableDecay
 from tokenlab.train.run import Run
 
 CORPUS = TfdsCorpus(name="english_prose")
-VOCABULARY, LENGTH, ROWS, STEPS = 4096, 64, 8, 500
+VOCABULARY, LENGTH, ROWS, STEPS = 4096, 64, 8, 400
 
 
 def config() -> Experiment:

@@ -67,8 +67,8 @@ MODULES = {}  # experiment files, whose classes are those of the instances
 @pytest.fixture(autouse=True)
 def _same_classes(monkeypatch):
     """Another test may have loaded an experiment file again."""
-    for module in MODULES.values():
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name, module in MODULES.items():
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 def instances():
@@ -76,7 +76,9 @@ def instances():
     made = [cls() for cls in PARTS.values() if has_defaults(cls)]
     files = [CHECKOUT / "tests/tiny.py", *(CHECKOUT / "experiments").rglob("*.py")]
     for path in sorted(files):
-        module = MODULES[path.stem] = load_module(path)
+        # Where another experiment has loaded the file, its classes are the ones to have.
+        module = sys.modules.get(".".join(path.with_suffix("").parts[-2:])) or load_module(path)
+        MODULES[module.__name__] = module
         made.extend(parts_of(module.config() if "config" in vars(module) else module.study()))
     return {f"{type(part).__name__}-{number}": part for number, part in enumerate(made)}
 
