@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from cached import attend, drawn, entries, fed, heads, plain_attention, still
+
 from kernels_pallas.decode_attention import token_scores
 from tokenlab.cache import FullCache, TokenSelect
 from tokenlab.core.errors import UserError

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-
 from cached import attend, drawn, entries, fed, heads, plain_attention
+
 from kernels_pallas.block_sparse_attention import SinkWindow, SlidingWindow
 from tokenlab.cache import Cache, FullCache, PerLayer, RingCache, Room, SinkCache
 from tokenlab.core.errors import UserError

@@ -15,10 +15,15 @@ import tokenlab.cache
 from kernels_pallas.block_sparse_attention import Causal
 from tokenlab import config
 from tokenlab.cache import (
+    EMS,
+    ActQKV,
     CachePolicy,
     Entries,
     FullCache,
     Heads,
+    LouisKV,
+    PagedCache,
+    PageTopK,
     PerLayer,
     RingCache,
     Room,
@@ -66,6 +71,7 @@ TABLE = {
         SinkCache(budget=8, sinks=2, renumber=True),
         SinkCache(budget=WHOLE, renumber=True), kept=8, read=9,
     ),
+    "paged": Row(PagedCache(page=4), PagedCache(page=16, pages=11)),
     "per layer": Row(
         PerLayer(policies=(SINKS, FullCache())), PerLayer(policies=(FullCache(), SINKS)),
         kept=8, read=9, paper=False,
@@ -75,6 +81,39 @@ TABLE = {
         dataclasses.replace(SELECT, reuse=0.3, smooth=3, scale="attention", offload=True),
         TokenSelect(budget=WHOLE, sinks=2, window=5, reuse=0.3, offload=True),
         read=10, fresh=False,
+    ),
+    "page top k": Row(
+        PageTopK(budget=9, page=2, sinks=2, window=3), PageTopK(budget=41, page=4, window=5),
+        read=10,
+    ),
+    "page top k away": Row(
+        PageTopK(budget=9, page=2, sinks=2, window=3, offload=True),
+        PageTopK(budget=41, page=4, window=5, offload=True), read=10,
+    ),
+    "louis": Row(
+        LouisKV(budget=10, sinks=1, window=4, jump=2.0, cluster=2, segment=2),
+        LouisKV(budget=WHOLE, sinks=1, window=4, jump=2.0, cluster=2, segment=2), read=11,
+    ),
+    "louis again": Row(
+        LouisKV(budget=10, sinks=1, window=4, jump=0.1, cluster=3, segment=3, offload=True),
+        LouisKV(budget=WHOLE, sinks=1, window=4, jump=0.1, cluster=3, segment=4, offload=True),
+        read=11, fresh=False,
+    ),
+    "ems": Row(
+        EMS(budget=8, window=3, slack=2, pooling=3, redundant=0.1),
+        EMS(budget=WHOLE + 1, window=3, slack=2), kept=8, read=9,
+    ),
+    "ems with counts": Row(
+        EMS(budget=8, window=2, slack=0, redundant=0.0, log_count_bias=True, score="local"),
+        EMS(budget=WHOLE + 1, window=2, slack=0, log_count_bias=True), kept=8, read=9,
+    ),
+    "act qkv": Row(
+        ActQKV(budget=13, sinks=2, window=5, block=2),
+        ActQKV(budget=CAPACITY + 8, sinks=0, window=CAPACITY, block=4), read=13,
+    ),
+    "act qkv away": Row(
+        ActQKV(budget=13, sinks=2, window=5, block=2, question=(3, 6), offload=True, history=3),
+        ActQKV(budget=CAPACITY + 12, sinks=4, window=CAPACITY, block=4, offload=True), read=13,
     ),
 }  # fmt: skip
 every = pytest.mark.parametrize("member", TABLE)

@@ -56,6 +56,10 @@ class Store(flax.struct.PyTreeNode):
         """One more than the last position of each row."""
         return jnp.max(self.positions, axis=1) + 1
 
+    def keys_here(self) -> Float[Array, "B K S E"]:
+        """All keys, on the device."""
+        return jax.device_put(self.keys, _DEVICE)
+
     def write(self, new: Entries) -> Store:
         """With the entries at their positions."""
         count = self.positions.shape[1]
