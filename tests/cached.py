@@ -44,10 +44,9 @@ def drawn(shape, layer, seed=0):
 
 
 def empty(policy, layer, rows, capacity, dtype="float32"):
-    return LayerCache(
-        policy=policy, heads=layer, stage="first", state=policy.init(Room(rows, capacity, dtype), layer),
-        pairs=jnp.zeros(rows),
-    )  # fmt: skip
+    state = policy.init(Room(rows, capacity, dtype), layer)
+    pairs = jnp.zeros(rows)
+    return LayerCache(policy=policy, heads=layer, stage="first", state=state, pairs=pairs)
 
 
 @functools.partial(jax.jit, static_argnames=("stage", "rule"))

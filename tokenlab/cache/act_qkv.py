@@ -54,8 +54,8 @@ class ActQKV(Retrieval):
     """Retrieves blocks by the queries that are unlike those before them.
 
     With ``u[t]`` the queries of token t of a pass, all heads in a row, turned as at position
-    ``window``, and z and s2 the running mean and variance of each column, token t has the
-    activation bias ``A[t] = mean_i (u[t, i] - z[i])^2 / (s2[i] + mean(s2) / 100)``, and the probe is
+    ``window``, and z and s2 the running mean and variance of each column, a token's activation bias
+    is ``A[t] = mean_i (u[t, i] - z[i])^2 / (s2[i] + mean(s2) / 100)``, and the probe is
     ``Σ_t A[t] u[t] / Σ_t A[t]``. Tokens behind the window lie in blocks. A block's representative
     is, per query head, the mean unturned key of its four tokens that got the most attention while
     they were in the window; its score is the cosine with the probe. A pass reads the first tokens,

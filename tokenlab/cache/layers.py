@@ -332,5 +332,13 @@ class Cache(flax.struct.PyTreeNode):
         """Entries that each layer keeps of each row."""
         return jnp.stack(self._each(lambda policy, state: policy.held(state)))
 
+    def counters(self) -> dict[str, Float[Array, " B"]]:
+        """What the policies count of each row, by name, a sum over layers."""
+        total: dict[str, Array] = {}
+        for counted in self._each(lambda policy, state: policy.counters(state)):
+            for name, value in counted.items():
+                total[name] = total[name] + value if name in total else value
+        return total
+
     def _each(self, function):
         return tuple(function(self.policy.of_layer(i), s) for i, s in enumerate(self.states))

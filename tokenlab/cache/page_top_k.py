@@ -62,8 +62,8 @@ class PageTopK(Retrieval):
         rest = self.budget - self.sinks - self.window
         if min(self.sinks, self.window) < 0 or self.page < 1 or rest < 1 or rest % self.page:
             raise UserError(
-                f"PageTopK has a budget of {self.budget} tokens for {self.sinks} sinks, a window of "
-                f"{self.window} and pages of {self.page}; leave a multiple of the page, not 0"
+                f"PageTopK has a budget of {self.budget} tokens for {self.sinks} sinks, a window "
+                f"of {self.window} and pages of {self.page}; leave a multiple of the page, not 0"
             )
 
     def init(self, room: Room, heads: Heads) -> Pages:
