@@ -128,14 +128,7 @@ class TokenSelect(Retrieval):
         heads: Heads,
     ) -> Selected:
         probe = self._probe(new, real, heads)
-        votes = token_scores(
-            q=probe[:, None],
-            k=state.store.keys,
-            q_positions=state.store.lengths[:, None],
-            kv_segments=candidates.astype(jnp.int32),
-            scale=1.0 if self.scale == "one" else heads.scale,
-            softcap=None if self.scale == "one" else heads.softcap,
-        )
+        votes = self.votes(probe, state.store.keys, candidates, heads)
         votes = jnp.where(candidates, _widened(votes, self.smooth), NOTHING)
         most = self.budget - self.sinks - self.window
         anew = there
@@ -146,6 +139,23 @@ class TokenSelect(Retrieval):
         return state.replace(
             reads=state.reads.then(chosen, there=there, anew=anew),
             probe=jnp.where(anew[:, None, None], probe, state.probe),
+        )
+
+    def votes(
+        self,
+        probe: Float[Array, "B H E"],
+        keys: Float[Array, "B K S E"],
+        candidates: Bool[Array, "B S"],
+        heads: Heads,
+    ) -> Float[Array, "B S"]:
+        """By which candidates are selected; what others have is not read."""
+        return token_scores(
+            q=probe[:, None],
+            k=keys,
+            q_positions=jnp.full((len(probe), 1), keys.shape[2], jnp.int32),
+            kv_segments=candidates.astype(jnp.int32),
+            scale=1.0 if self.scale == "one" else heads.scale,
+            softcap=None if self.scale == "one" else heads.softcap,
         )
 
     def _probe(self, new: Entries, real: Int[Array, " B"], heads: Heads) -> Float[Array, "B H E"]:
