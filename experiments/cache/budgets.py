@@ -35,6 +35,7 @@ from tokenlab.study import Claim, Measured, Study, Trial
 
 SENTENCE = " The number of the {animal} is {number}."
 QUESTION = " Remember: the number of the {animal} is"
+BUDGETS = (384, 128)
 ANIMALS = ("otter", "raven", "badger", "heron", "lynx", "turtle")
 
 
@@ -114,7 +115,7 @@ def policies(budget: int) -> dict[str, CachePolicy]:
 def study() -> Study:
     """An eighth and three eighths of the prompt."""
     arms = {"full cache at 1000": Budget(policy=FullCache(), budget=1000)}
-    for budget in (128, 384):
+    for budget in BUDGETS:
         arms |= {
             f"{name} at {budget}": Budget(policy=policy, budget=budget)
             for name, policy in policies(budget).items()

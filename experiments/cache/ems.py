@@ -77,8 +77,8 @@ class PlantedTopics(Trial):
 def _error(policy, q, k, v, tokens):
     positions = jnp.broadcast_to(jnp.arange(k.shape[1])[None], k.shape[:2])
     every = Entries(q, k, v, positions, jnp.ones_like(positions))
-    prompt, later = (jax.tree.map(lambda x: x[:, part], every) for part in
-        (slice(None, tokens), slice(tokens, None)))  # fmt: skip
+    prompt = jax.tree.map(lambda x: x[:, :tokens], every)
+    later = jax.tree.map(lambda x: x[:, tokens:], every)
 
     def read(policy):
         state = policy.init(Room(len(k), tokens, "float32"), LAYER)

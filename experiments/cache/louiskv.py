@@ -7,7 +7,7 @@ Paper:    Wu et al., "LouisKV: Efficient KV Cache Retrieval for Long Input-Outpu
           arXiv:2510.11292.
 Command:  python -m tokenlab study experiments/cache/louiskv.py
 Hardware: one CPU core, one minute.
-Expected: EXPECTED
+Expected: 0.98 of the attention at one step in twenty, as at every step; pages find 0.36 of it.
 """
 
 import dataclasses

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas.decode_attention import NOTHING
 from tokenlab.cache.attention_mass import attention_mass, attention_rows
@@ -272,11 +273,12 @@ def _leading(
 ) -> Bool[Array, "B K S"]:
     """Those that by descending score begin within the leading ``share`` of the mass."""
     mass = jnp.where(among, scores, 0.0)
-    order = jnp.argsort(jnp.where(among, -scores, 1.0), axis=2)
-    ordered = jnp.take_along_axis(mass, order, axis=2)
+    ordered = -jnp.sort(-mass, axis=2)
     before = jnp.cumsum(ordered, axis=2) - ordered
     inside = before < share * jnp.sum(mass, axis=2, keepdims=True)
-    return among & jnp.take_along_axis(inside, jnp.argsort(order, axis=2), axis=2)
+    # Equal scores are inside together.
+    least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=2, keepdims=True)
+    return among & (mass >= least)
 
 
 def _redundancy(
@@ -307,35 +309,40 @@ def _merged(
     scores: Float[Array, "B K S"],
 ) -> Kept:
     """Classes summed into their centres; ``of = C`` is the class that is thrown away."""
-    count, slots = centres.shape[2], of.shape[2]
+    count = centres.shape[2]
     b, h = jnp.arange(len(of))[:, None, None], jnp.arange(of.shape[1])[None, :, None]
-    own = jnp.where(centres < 0, slots, centres)
+    own = jnp.where(centres < 0, of.shape[2], centres)
     of = of.at[b, h, own].set(jnp.arange(count, dtype=jnp.int32)[None, None], mode="drop")
-
-    def summed(x: Array) -> Array:
-        total = jnp.zeros((*of.shape[:2], count + 1, *x.shape[3:]), jnp.float32)
-        return total.at[b, h, of].add(x)[:, :, :count]
-
     weight = jnp.maximum(scores, 1e-20)[..., None]
-    total = jnp.maximum(summed(weight), 1e-20)
     direction, norm = _directions(full.k)
-    key = _directions(summed(weight * direction))[0] * summed(weight * norm) / total
-    value = summed(weight * full.v.astype(jnp.float32)) / total
-    grown = (summed((of < count).astype(jnp.float32)) > 1)[..., None]
-
-    def put(x: Array, new: Array) -> Array:
-        # A class of one is left as it is, to the bit.
-        new = jnp.where(grown, new, jnp.take_along_axis(x, jnp.maximum(centres, 0)[..., None], 2))
-        return x.at[b, h, own].set(new.astype(x.dtype), mode="drop")
-
-    def put_sum(x: Array) -> Array:
-        return x.at[b, h, own].set(summed(x), mode="drop")
-
-    rows = jnp.moveaxis(full.rows, 2, 3)
+    parts = {
+        "weight": weight,
+        "direction": weight * direction,
+        "norm": weight * norm,
+        "value": weight * full.v.astype(jnp.float32),
+        "members": jnp.ones_like(weight),
+        "mass": full.mass[..., None],
+        "counts": full.counts[..., None],
+        "rows": jnp.moveaxis(full.rows, 2, 3),
+    }
+    classes = (of[..., None] == jnp.arange(count)[None, None, None]).astype(jnp.float32)
+    joined = jnp.concatenate(list(parts.values()), axis=-1)
+    sums = jnp.einsum("bksc,bksf->bkcf", classes, joined, precision=jax.lax.Precision.HIGHEST)
+    # Every member sees its class; only centres keep what they see.
+    at = jnp.clip(of, 0, count - 1)[..., None]
+    ends = np.cumsum([x.shape[-1] for x in parts.values()])[:-1]
+    total = dict(
+        zip(parts, jnp.split(jnp.take_along_axis(sums, at, axis=2), ends, -1), strict=True)
+    )
+    share = jnp.maximum(total["weight"], 1e-20)
+    is_centre = mask_of(centres, of.shape[2])[..., None]
+    # A class of one is left as it is, to the bit.
+    grown = is_centre & (total["members"] > 1)
+    key = _directions(total["direction"])[0] * total["norm"] / share
     return full.replace(
-        k=put(full.k, key),
-        v=put(full.v, value),
-        mass=put_sum(full.mass),
-        rows=jnp.moveaxis(rows.at[b, h, own].set(summed(rows), mode="drop"), 3, 2),
-        counts=put_sum(full.counts),
+        k=jnp.where(grown, key.astype(full.k.dtype), full.k),
+        v=jnp.where(grown, (total["value"] / share).astype(full.v.dtype), full.v),
+        mass=jnp.where(grown, total["mass"], parts["mass"])[..., 0],
+        counts=jnp.where(grown, total["counts"], parts["counts"])[..., 0],
+        rows=jnp.moveaxis(jnp.where(grown, total["rows"], parts["rows"]), 3, 2),
     )

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from tokenlab.cache.base import Entries, Heads, Reading, Room
-from tokenlab.cache.choosing import mask_of
 from tokenlab.cache.clusters import spherical_k_means
 from tokenlab.cache.retrieval import Reads, Retrieval, Store
 from tokenlab.core.arrays import Array, Bool, Float, Int
@@ -216,10 +215,10 @@ def _retrieved(
     state: Units, new: Entries, candidates: Bool[Array, "B S"], most: int, heads: Heads
 ) -> Bool[Array, "B K S"]:
     """Tokens of the best units, ``most`` of each key head."""
-    units = state.sizes.shape[2]
-    b, k = jnp.arange(len(candidates))[:, None, None], jnp.arange(heads.num_kv_heads)[None, :, None]
-    at = jnp.where(candidates[:, None] & (state.of >= 0), state.of, units)
-    there = jnp.zeros(state.sizes.shape, bool).at[b, k, at].set(True, mode="drop")
+    of = jnp.where(candidates[:, None] & (state.of >= 0), state.of, state.sizes.shape[2])
+    b, k = jnp.arange(len(of))[:, None, None], jnp.arange(heads.num_kv_heads)[None, :, None]
+    sizes = jnp.zeros(state.sizes.shape, jnp.int32).at[b, k, of].add(1, mode="drop")
+    there = sizes > 0
     centroids = state.sums / jnp.maximum(state.sizes, 1)[..., None]
     batch, length = new.positions.shape
     q = new.q.astype(jnp.float32).reshape(batch, length, heads.num_kv_heads, -1, heads.width)
@@ -231,11 +230,19 @@ def _retrieved(
     scores = jnp.where(there[:, None, :, None], scores, -1e30)
     votes = jnp.where((new.segments > 0)[..., None, None, None], jax.nn.softmax(scores), 0)
     votes = jnp.where(there, jnp.sum(votes, axis=(1, 3)), -1.0)
-    rank = jnp.argsort(jnp.argsort(-votes, axis=-1), axis=-1)
-    of_token = jnp.take_along_axis(rank, jnp.maximum(state.of, 0), axis=2)
-    of_token = jnp.where(candidates[:, None], of_token, units)
-    order = jnp.argsort(of_token, axis=-1, stable=True)[..., :most]
-    return mask_of(order.astype(jnp.int32), candidates.shape[1]) & candidates[:, None]
+    _, order = jax.lax.top_k(votes, votes.shape[-1])
+    ordered = jnp.take_along_axis(sizes, order, axis=2)
+    before = jnp.cumsum(ordered, axis=2) - ordered
+    before = jnp.zeros_like(before).at[b, k, order].set(before)
+    before, after = (
+        jnp.take_along_axis(x, jnp.minimum(of, sizes.shape[2] - 1), axis=2)
+        for x in (before, before + sizes)
+    )
+    inside = of < sizes.shape[2]
+    # Of the one unit that does not fit, the first tokens are taken.
+    parted = inside & (before < most) & (after > most)
+    within = jnp.cumsum(parted, axis=2) - 1
+    return inside & ((after <= most) | (parted & (before + within < most)))
 
 
 def _segmented(
