@@ -7,8 +7,8 @@ Paper:    Xiao et al., "Activation-aware Probe-Query: Effective Key-Value Retrie
           LLMs Inference", 2025, arXiv:2502.13542.
 Command:  python -m tokenlab study experiments/cache/act_qkv.py
 Hardware: one CPU core, half a minute.
-Expected: the activation probe finds 97 of 100 blocks, the mean query 4; shared budgets recall 0.91 of the
-          attention, equal ones 0.87. At the paper's temperature of 1 budgets hardly differ (0.87).
+Expected: the activation probe finds 97 of 100 blocks, the mean query 4; shared budgets recall 0.91
+          of the attention, equal ones 0.87, as do those shared at the paper's temperature of 1.
 """
 
 import dataclasses

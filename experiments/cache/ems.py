@@ -7,7 +7,8 @@ Paper:    Li et al., "EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV C
           Based on Global-Local Importance", 2024, arXiv:2412.08521.
 Command:  python -m tokenlab study experiments/cache/ems.py
 Hardware: one CPU core, one minute.
-Expected: EXPECTED
+Expected: a relative error of 0.47 with merging and 0.57 without. H2O's eviction, by all queries
+          alone, has 0.39 here, SnapKV's, by the last four, 0.75.
 """
 
 import dataclasses

@@ -115,17 +115,15 @@ def study() -> Study:
         "clusters at every step": LouisKV(**louis, jump=2.0),
         "pages at every step": PageTopK(budget=128, page=16, window=0),
     }
-    mass = {"metric": "mass/recalled", "better": "higher"}
+    mass = functools.partial(Claim, metric="mass/recalled", better="higher")
     return Study(
         name="louiskv",
         question="Do rare retrievals of clusters find what retrieval at every step finds?",
         arms={name: PlantedTopics(policy=policy) for name, policy in arms.items()},
         matched="read_tokens",
         claims=(
-            Claim(
-                arm="clusters at boundaries", than="clusters at every step", margin=-0.02, **mass
-            ),
-            Claim(arm="clusters at boundaries", than="pages at every step", margin=0.3, **mass),
+            mass(arm="clusters at boundaries", than="clusters at every step", margin=-0.02),
+            mass(arm="clusters at boundaries", than="pages at every step", margin=0.3),
             Bound(
                 arm="clusters at boundaries", metric="retrievals/share", limit=1 / 3, side="below"
             ),

@@ -8,8 +8,8 @@ Paper:    Wu et al., "TokenSelect: Efficient Long-Context Inference and Length E
           LLMs via Dynamic Token-Level KV Cache Selection", 2024, arXiv:2411.02886.
 Command:  python -m tokenlab study experiments/cache/token_select.py
 Hardware: one CPU core, half a minute.
-Expected: the usual heads keep 0.41 of their attention by vote, 0.18 by sum, 0.12 by pages and 0.06 by sink
-          and window.
+Expected: the usual heads keep 0.41 of their attention by vote, 0.18 by the sum of logits, 0.12 by
+          pages, and 0.06 by sinks and a window.
 """
 
 import dataclasses

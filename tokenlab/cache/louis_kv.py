@@ -259,8 +259,10 @@ def _segmented(
         start = jnp.where(full, position, position - open_ + 1)
         return (used, open_), (jnp.where(real, used - 1, -1), start)
 
-    tokens = (x.swapaxes(0, 1) for x in (new.segments > 0, jumps, new.positions))
-    (used, open_), (of, starts) = jax.lax.scan(step, (state.used, state.open), tuple(tokens))
+    tokens = (
+        (new.segments > 0).swapaxes(0, 1), jumps.swapaxes(0, 1), new.positions.swapaxes(0, 1),
+    )  # fmt: skip
+    (used, open_), (of, starts) = jax.lax.scan(step, (state.used, state.open), tokens)
     return of.swapaxes(0, 1), starts.swapaxes(0, 1), used, open_
 
 
