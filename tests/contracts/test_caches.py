@@ -51,6 +51,7 @@ class Row:
         read: entries that a query may read of it, itself included.
         paper: whether the docstring names one.
         fresh: whether what is read depends on nothing but what was appended.
+        slow: a variant of another row.
     """
 
     small: CachePolicy
@@ -59,6 +60,7 @@ class Row:
     read: int = CAPACITY
     paper: bool = True
     fresh: bool = True
+    slow: bool = False
 
 
 SINKS = SinkCache(budget=8, sinks=2)
@@ -69,7 +71,7 @@ TABLE = {
     "sinks": Row(SINKS, SinkCache(budget=WHOLE), kept=8, read=9),
     "sinks renumbered": Row(
         SinkCache(budget=8, sinks=2, renumber=True),
-        SinkCache(budget=WHOLE, renumber=True), kept=8, read=9,
+        SinkCache(budget=WHOLE, renumber=True), kept=8, read=9, slow=True,
     ),
     "paged": Row(PagedCache(page=4), PagedCache(page=16, pages=11)),
     "per layer": Row(
@@ -80,7 +82,7 @@ TABLE = {
     "token select again": Row(
         dataclasses.replace(SELECT, reuse=0.3, smooth=3, scale="attention", offload=True),
         TokenSelect(budget=WHOLE, sinks=2, window=5, reuse=0.3, offload=True),
-        read=10, fresh=False,
+        read=10, fresh=False, slow=True,
     ),
     "page top k": Row(
         PageTopK(budget=9, page=2, sinks=2, window=3), PageTopK(budget=41, page=4, window=5),
@@ -88,16 +90,16 @@ TABLE = {
     ),
     "page top k away": Row(
         PageTopK(budget=9, page=2, sinks=2, window=3, offload=True),
-        PageTopK(budget=41, page=4, window=5, offload=True), read=10,
+        PageTopK(budget=41, page=4, window=5, offload=True), read=10, slow=True,
     ),
     "louis": Row(
-        LouisKV(budget=10, sinks=1, window=4, jump=2.0, cluster=2, segment=2),
+        LouisKV(budget=10, sinks=1, window=4, jump=2.0, cluster=2, segment=2, offload=True),
         LouisKV(budget=WHOLE, sinks=1, window=4, jump=2.0, cluster=2, segment=2), read=11,
     ),
     "louis again": Row(
         LouisKV(budget=10, sinks=1, window=4, jump=0.1, cluster=3, segment=3, offload=True),
         LouisKV(budget=WHOLE, sinks=1, window=4, jump=0.1, cluster=3, segment=4, offload=True),
-        read=11, fresh=False,
+        read=11, fresh=False, slow=True,
     ),
     "ems": Row(
         EMS(budget=8, window=3, slack=2, pooling=3, redundant=0.1),
@@ -105,7 +107,7 @@ TABLE = {
     ),
     "ems with counts": Row(
         EMS(budget=8, window=2, slack=0, redundant=0.0, log_count_bias=True, score="local"),
-        EMS(budget=WHOLE + 1, window=2, slack=0, log_count_bias=True), kept=8, read=9,
+        EMS(budget=WHOLE + 1, window=2, slack=0, log_count_bias=True), kept=8, read=9, slow=True,
     ),
     "act qkv": Row(
         ActQKV(budget=13, sinks=2, window=5, block=2),
@@ -113,10 +115,25 @@ TABLE = {
     ),
     "act qkv away": Row(
         ActQKV(budget=13, sinks=2, window=5, block=2, question=(3, 6), offload=True, history=3),
-        ActQKV(budget=CAPACITY + 12, sinks=4, window=CAPACITY, block=4, offload=True), read=13,
+        ActQKV(budget=CAPACITY + 12, sinks=4, window=CAPACITY, block=4, offload=True),
+        read=13, slow=True,
     ),
 }  # fmt: skip
-every = pytest.mark.parametrize("member", TABLE)
+
+
+def rows(wanted=lambda row: True):
+    """Marks a test to run for each row, the slow ones where these are asked for."""
+    return pytest.mark.parametrize(
+        "member",
+        [
+            pytest.param(name, marks=[pytest.mark.slow] if row.slow else [])
+            for name, row in TABLE.items()
+            if wanted(row)
+        ],
+    )
+
+
+every = rows()
 
 
 def test_the_table_holds_every_public_member():
@@ -282,7 +299,7 @@ def test_a_token_reads_no_more_than_its_budget(member):
         assert (pairs <= np.minimum(lengths, row.read) + 1e-6).all() and (pairs > 1).all()
 
 
-fresh = pytest.mark.parametrize("member", [name for name, row in TABLE.items() if row.fresh])
+fresh = rows(lambda row: row.fresh)
 
 
 @fresh

@@ -92,12 +92,18 @@ def test_what_greedy_decoding_writes_is_likeliest():
     "policy",
     [
         PagedCache(page=4),
-        PerLayer(policies=(SinkCache(budget=40, renumber=True), RingCache(budget=40))),
-        PageTopK(budget=44, page=4, window=8),
-        TokenSelect(budget=40, sinks=2, window=8, reuse=0.5, offload=True),
+        pytest.param(
+            PerLayer(policies=(SinkCache(budget=40, renumber=True), RingCache(budget=40))),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(PageTopK(budget=44, page=4, window=8), marks=pytest.mark.slow),
+        pytest.param(
+            TokenSelect(budget=40, sinks=2, window=8, reuse=0.5, offload=True),
+            marks=pytest.mark.slow,
+        ),
         LouisKV(budget=40, sinks=2, window=8, cluster=2, segment=3, offload=True),
-        EMS(budget=40, window=4, slack=4),
-        ActQKV(budget=40 + 8, sinks=0, window=40, block=4),
+        pytest.param(EMS(budget=40, window=4, slack=4), marks=pytest.mark.slow),
+        pytest.param(ActQKV(budget=40 + 8, sinks=0, window=40, block=4), marks=pytest.mark.slow),
     ],
     ids=lambda policy: type(policy).__name__,
 )
