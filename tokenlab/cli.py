@@ -88,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--min-p", type=float)
     generate.add_argument("--stop", action="append", default=[], help="may be repeated")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--cache", help="such as 'SinkCache(budget=256)'; keeps all by default")
+    generate.add_argument("--prefill-chunk", type=int, help="prompt tokens of a pass; all")
     data = commands.add_parser("data")
     data.add_argument("action", nargs="?", choices=["list", "fetch"], default="list")
     data.add_argument("name", nargs="?")
@@ -279,37 +281,31 @@ def _named_model(options: argparse.Namespace) -> tuple[Any, Any, Tokenizer]:
 
 
 def _generate(options: argparse.Namespace, console: Console) -> int:
+    from tokenlab.cache import CachePolicy, FullCache
     from tokenlab.core.context import View
-    from tokenlab.decode import (
-        Autoregressive,
-        Categorical,
-        Greedy,
-        MinP,
-        Temperature,
-        TopK,
-        TopP,
-        complete,
-    )
+    from tokenlab.decode import Autoregressive, complete, usual_sampler
 
     _check_source(options)
-    wanted = [
-        (options.top_k, lambda: TopK(k=options.top_k)),
-        (options.top_p, lambda: TopP(p=options.top_p)),
-        (options.min_p, lambda: MinP(p=options.min_p)),
-    ]
+    cache: CachePolicy = FullCache()
+    if options.cache is not None:
+        cache = config.coerce(options.cache, CachePolicy, "--cache")
     try:
-        if options.temperature == 0:
-            sampler = Greedy()
-        else:
-            shape = Temperature(value=options.temperature)
-            rest = tuple(make() for value, make in wanted if value is not None)
-            sampler = Categorical(processors=(shape, *rest))
+        sampler = usual_sampler(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     model, params, tokenizer = _named_model(options)
     view = View(model=model, params=params)
     decoder = Autoregressive(
-        max_new_tokens=options.tokens, sampler=sampler, end_ids=(tokenizer.eos_id,)
+        max_new_tokens=options.tokens,
+        sampler=sampler,
+        end_ids=(tokenizer.eos_id,),
+        cache=cache,
+        prefill_chunk=options.prefill_chunk,
     )
     streamed = len(options.prompt) == 1
     if streamed:
@@ -330,6 +326,8 @@ def _generate(options: argparse.Namespace, console: Console) -> int:
             console.print(f"[bold]{prompt}[/bold]{text}\n", highlight=False)
     mean = generation.logp_model.sum() / max(1, generation.lengths.sum())
     console.print(f"{generation.lengths.sum()} tokens, mean log-probability {mean:.3f} nats")
+    for name, counts in generation.statistics.items():
+        console.print(f"{name}: {counts.sum():,.0f}")
     return 0
 
 

@@ -14,7 +14,22 @@ from hypothesis import strategies as st
 import tokenlab.cache
 from kernels_pallas.block_sparse_attention import Causal
 from tokenlab import config
-from tokenlab.cache import CachePolicy, Entries, FullCache, Heads, Room
+from tokenlab.cache import (
+    EMS,
+    ActQKV,
+    CachePolicy,
+    Entries,
+    FullCache,
+    Heads,
+    LouisKV,
+    PagedCache,
+    PageTopK,
+    PerLayer,
+    RingCache,
+    Room,
+    SinkCache,
+    TokenSelect,
+)
 from tokenlab.cache.layers import LayerCache
 from tokenlab.models import Rotary
 
@@ -32,18 +47,93 @@ class Row:
     Attributes:
         small: with a budget that the tests exceed.
         whole: with one that they do not.
-        budget: entries that ``small`` may keep of a row.
+        kept: entries that ``small`` may keep of a row.
+        read: entries that a query may read of it, itself included.
         paper: whether the docstring names one.
+        fresh: whether what is read depends on nothing but what was appended.
+        slow: a variant of another row.
     """
 
     small: CachePolicy
     whole: CachePolicy
-    budget: int
+    kept: int = CAPACITY
+    read: int = CAPACITY
     paper: bool = True
+    fresh: bool = True
+    slow: bool = False
 
 
-TABLE = {FullCache: Row(FullCache(), FullCache(), CAPACITY, paper=False)}
-every = pytest.mark.parametrize("member", TABLE)
+SINKS = SinkCache(budget=8, sinks=2)
+SELECT = TokenSelect(budget=10, sinks=2, window=5)
+TABLE = {
+    "full": Row(FullCache(), FullCache(), paper=False),
+    "ring": Row(RingCache(budget=6), RingCache(budget=WHOLE), kept=6, read=7, paper=False),
+    "sinks": Row(SINKS, SinkCache(budget=WHOLE), kept=8, read=9),
+    "sinks renumbered": Row(
+        SinkCache(budget=8, sinks=2, renumber=True),
+        SinkCache(budget=WHOLE, renumber=True), kept=8, read=9, slow=True,
+    ),
+    "paged": Row(PagedCache(page=4), PagedCache(page=16, pages=11)),
+    "per layer": Row(
+        PerLayer(policies=(SINKS, FullCache())), PerLayer(policies=(FullCache(), SINKS)),
+        kept=8, read=9, paper=False,
+    ),
+    "token select": Row(SELECT, TokenSelect(budget=WHOLE, sinks=2, window=5), read=10),
+    "token select again": Row(
+        dataclasses.replace(SELECT, reuse=0.3, smooth=3, scale="attention", offload=True),
+        TokenSelect(budget=WHOLE, sinks=2, window=5, reuse=0.3, offload=True),
+        read=10, fresh=False, slow=True,
+    ),
+    "page top k": Row(
+        PageTopK(budget=9, page=2, sinks=2, window=3), PageTopK(budget=41, page=4, window=5),
+        read=10,
+    ),
+    "page top k away": Row(
+        PageTopK(budget=9, page=2, sinks=2, window=3, offload=True),
+        PageTopK(budget=41, page=4, window=5, offload=True), read=10, slow=True,
+    ),
+    "louis": Row(
+        LouisKV(budget=10, sinks=1, window=4, jump=2.0, cluster=2, segment=2, offload=True),
+        LouisKV(budget=WHOLE, sinks=1, window=4, jump=2.0, cluster=2, segment=2), read=11,
+    ),
+    "louis again": Row(
+        LouisKV(budget=10, sinks=1, window=4, jump=0.1, cluster=3, segment=3, offload=True),
+        LouisKV(budget=WHOLE, sinks=1, window=4, jump=0.1, cluster=3, segment=4, offload=True),
+        read=11, fresh=False, slow=True,
+    ),
+    "ems": Row(
+        EMS(budget=8, window=3, slack=2, pooling=3, redundant=0.1),
+        EMS(budget=WHOLE + 1, window=3, slack=2), kept=8, read=9,
+    ),
+    "ems with counts": Row(
+        EMS(budget=8, window=2, slack=0, redundant=0.0, log_count_bias=True, score="local"),
+        EMS(budget=WHOLE + 1, window=2, slack=0, log_count_bias=True), kept=8, read=9, slow=True,
+    ),
+    "act qkv": Row(
+        ActQKV(budget=13, sinks=2, window=5, block=2),
+        ActQKV(budget=CAPACITY + 8, sinks=0, window=CAPACITY, block=4), read=13,
+    ),
+    "act qkv away": Row(
+        ActQKV(budget=13, sinks=2, window=5, block=2, question=(3, 6), offload=True, history=3),
+        ActQKV(budget=CAPACITY + 12, sinks=4, window=CAPACITY, block=4, offload=True),
+        read=13, slow=True,
+    ),
+}  # fmt: skip
+
+
+def rows(wanted=lambda row: True):
+    """Marks a test to run for each row, the slow ones where these are asked for."""
+    return pytest.mark.parametrize(
+        "member",
+        [
+            pytest.param(name, marks=[pytest.mark.slow] if row.slow else [])
+            for name, row in TABLE.items()
+            if wanted(row)
+        ],
+    )
+
+
+every = rows()
 
 
 def test_the_table_holds_every_public_member():
@@ -52,7 +142,7 @@ def test_the_table_holds_every_public_member():
         for member in vars(tokenlab.cache).values()
         if inspect.isclass(member) and issubclass(member, CachePolicy)
     }
-    assert public - {CachePolicy} == set(TABLE)
+    assert public - {CachePolicy} == {type(row.small) for row in TABLE.values()}
 
 
 def start(policy, dtype="float32", rows=ROWS, heads=HEADS):
@@ -66,8 +156,9 @@ def start(policy, dtype="float32", rows=ROWS, heads=HEADS):
 
 @functools.partial(jax.jit, static_argnames="stage")
 def attend(cache, new, stage="next"):
-    out, after = cache.replace(stage=stage).attend(new, rule=Causal(), impl=None)
-    return out, after.replace(stage="next", pairs=cache.pairs)
+    cache = cache.replace(stage=stage, pairs=jnp.zeros_like(cache.pairs))
+    out, after = cache.attend(new, rule=Causal(), impl=None)
+    return out, after.replace(stage="next")
 
 
 def tokens(lengths, counts, seed, size=CHUNK, dtype=jnp.float32):
@@ -118,7 +209,7 @@ def test_the_budget_is_kept(member, appends):
     _, cache = run(row.small, appends)
     lengths = np.sum(appends, axis=0)
     held = np.asarray(row.small.held(cache.state))
-    assert (held <= np.minimum(lengths, row.budget) + 1e-6).all()
+    assert (held <= np.minimum(lengths, row.kept) + 1e-6).all()
     if row.small == row.whole:
         np.testing.assert_array_equal(held, lengths)
 
@@ -197,6 +288,21 @@ def test_forks_go_on_apart_and_rows_can_be_put_in(member):
 
 
 @every
+def test_a_token_reads_no_more_than_its_budget(member):
+    row = TABLE[member]
+    _, cache = run(row.small, LONG)
+    lengths = np.sum(LONG, axis=0)
+    for _ in range(3):
+        _, cache = attend(cache, tokens(lengths, [1] * ROWS, 0, size=1))
+        lengths = lengths + 1
+        pairs = np.asarray(cache.pairs)
+        assert (pairs <= np.minimum(lengths, row.read) + 1e-6).all() and (pairs > 1).all()
+
+
+fresh = rows(lambda row: row.fresh)
+
+
+@fresh
 def test_a_draft_leaves_no_trace_but_what_is_accepted(member):
     policy = TABLE[member].small
     _, cache = run(policy, LONG[:3])
@@ -257,9 +363,9 @@ def test_a_loop_may_carry_the_state(member, dtype):
 def test_the_second_pass_compiles_nothing(member):
     policy = TABLE[member].small
     again = config.load(config.dump(policy))
-    for one in (policy, again):
-        run(one, LONG)
-        compiled = attend._cache_size()
+    run(policy, LONG)
+    compiled = attend._cache_size()
+    run(again, LONG)
     assert attend._cache_size() == compiled
     run(again, LONG, seed=3)
     assert attend._cache_size() == compiled
@@ -270,5 +376,5 @@ def test_the_object_is_its_own_config(member):
     for policy in (TABLE[member].small, TABLE[member].whole):
         loaded = config.load(config.dump(policy))
         assert loaded == policy and hash(loaded) == hash(policy)
-    doc = inspect.getdoc(member)
+    doc = inspect.getdoc(type(TABLE[member].small))
     assert ("Reference: " in doc and "arXiv:" in doc) == TABLE[member].paper

@@ -16,6 +16,8 @@ def test_a_published_model_writes_and_is_scored(tokenlab, model):
     out, _ = tokenlab(*greedy)
     assert out.startswith("The ") and "tokens, mean log-probability" in out
     assert tokenlab(*greedy)[0] == out
+    cached, _ = tokenlab(*greedy, "--cache", "PagedCache(page=4)", "--prefill-chunk", 2)
+    assert cached.startswith(out) and "cache_tokens_dropped: 0" in cached
     size = sum(path.stat().st_size for path in model.parent.glob("corpus/*.txt"))
     score = ("eval", "--model", model, "--text", "corpus/*.txt", "--length", 32)
     out, _ = tokenlab(*score)
@@ -35,6 +37,14 @@ def test_mistakes_are_one_line_and_exit_2(tokenlab, model):
         ([*score, "--text", "corpus/*.txt", "--stride", 0], "stride 0 must be in 1..length"),
         (["eval", "run", "--documents", 3], "--documents is for --model"),
         (["generate", "--model", "gone", "--prompt", "x"], "gone is neither a folder with"),
+        (
+            ["generate", "--model", model, "--prompt", "x", "--cache", "SinkCash(budget=9)"],
+            "--cache: unknown part 'SinkCash'; did you mean 'SinkCache'?",
+        ),
+        (
+            ["generate", "--model", model, "--prompt", "x", "--cache", "SinkCache(budget=4)"],
+            "budget of 4 tokens for 4 sinks",
+        ),
         (["models", "fetch"], "name a model: tokenlab models fetch"),
         (["models", "fetch", "smollm"], "no known model 'smollm'; did you mean 'smollm2_135m'?"),
     ]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
-from tokenlab.plots import plot_curves, plot_study, plot_token_values
+from tokenlab.plots import plot_budgets, plot_curves, plot_study, plot_token_values
 
 
 def boxes(figure):
@@ -162,3 +162,12 @@ def test_long_names_of_arms_do_not_run_into_each_other():
     figure.draw_without_rendering()
     spans = [label.get_window_extent() for label in axis.get_xticklabels()]
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(spans))
+
+
+def test_budgets_are_a_line_for_each_policy():
+    figures = {"full at 1000": [1.0, 3.0], "sinks at 128": [9.0, 7.0], "sinks at 384": [5.0, 5.0]}
+    record = {"ledger": {arm: {} for arm in figures}, "figures": {"text/perplexity": figures}}
+    (axis,) = plot_budgets(record, ["text/perplexity"]).axes
+    lines = {line.get_label(): np.asarray(line.get_data()).tolist() for line in axis.lines}
+    assert lines["sinks"] == [[128, 384], [8, 5]]
+    assert lines["full"][1] == [2, 2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,11 +122,14 @@ class CachePolicy(abc.ABC):
 
     The tokens of a pass attend to each other and to what ``read`` shows of older ones; then those
     that are to stay are appended. So a draft that is rejected was never in a cache. A state is a
-    pytree whose shapes do not change, its leaves rows first. Queries and keys come turned by their
-    positions, unless ``rotated`` of the class is False.
+    pytree whose shapes do not change, its leaves rows first unless a member forks and inserts
+    otherwise.
     """
 
-    rotated: ClassVar[bool] = True
+    @property
+    def rotated(self) -> bool:
+        """Whether queries and keys come turned by their positions."""
+        return True
 
     def of_layer(self, number: int) -> CachePolicy:
         """The policy of layer ``number``: this one, unless layers differ."""
@@ -163,6 +166,10 @@ class CachePolicy(abc.ABC):
     def insert(self, state: PyTree, rows: Int[Array, " N"], other: PyTree) -> PyTree:
         """Puts the rows of another cache in the place of ``rows``."""
         return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state, other)
+
+    def counters(self, state: PyTree) -> dict[str, Float[Array, " B"]]:
+        """What a member counts of each row, by name; decoders report the sum over layers."""
+        return {}
 
     def after_pass(self, states: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         """What layers tell each other between two passes; nothing unless a member says so."""

@@ -41,8 +41,8 @@ class Slots(flax.struct.PyTreeNode):
         slots = jnp.where(inside, slots, count)
         rows = jnp.arange(len(slots))[:, None]
         return Slots(
-            k=_written(self.k, new.k, slots),
-            v=_written(self.v, new.v, slots),
+            k=written(self.k, new.k, slots),
+            v=written(self.v, new.v, slots),
             positions=self.positions.at[rows, slots].set(new.positions, mode="drop"),
         )
 
@@ -51,21 +51,39 @@ class Slots(flax.struct.PyTreeNode):
         kept = self.positions < lengths[:, None]
         return self.replace(positions=jnp.where(kept, self.positions, -1))
 
+    def count(self) -> Float[Array, " B"]:
+        """Entries of each row."""
+        return jnp.sum(self.positions >= 0, axis=1).astype(jnp.float32)
+
     def view(self, q: Float[Array, "B T H E"]) -> CacheView:
         """All entries."""
         filled = (self.positions >= 0).astype(jnp.int32)
         return CacheView(q, self.k, self.v, self.positions, filled)
 
 
-def _written(
+def written(
     pool: Float[Array, "B K S E"], new: Float[Array, "B T K E"], slots: Int[Array, "B T"]
 ) -> Float[Array, "B K S E"]:
-    """``pool[b, :, slots[b, t]] = new[b, t]``, as rows of one matrix, which XLA writes in place."""
-    batch, heads, count, width = pool.shape
+    """``pool[b, :, slots[b, t]] = new[b, t]``; slots from S on are left out."""
+    at, rows = as_rows(pool.shape, new, slots)
+    return with_rows(pool, at, rows.astype(pool.dtype))
+
+
+def as_rows(
+    shape: tuple[int, ...], new: Float[Array, "B T K E"], slots: Int[Array, "B T"]
+) -> tuple[Int[Array, " N"], Float[Array, "N E"]]:
+    """Entries as rows of the matrix that a pool of that shape is, and which rows those are."""
+    batch, heads, count, width = shape
     first = count * jnp.arange(batch * heads).reshape(batch, heads, 1)
     at = jnp.where(slots[:, None] < count, first + slots[:, None], batch * heads * count)
-    rows = new.swapaxes(1, 2).astype(pool.dtype)
-    flat = pool.reshape(-1, width).at[at.reshape(-1)].set(rows.reshape(-1, width), mode="drop")
+    return at.reshape(-1), new.swapaxes(1, 2).reshape(-1, width)
+
+
+def with_rows(
+    pool: Float[Array, "B K S E"], at: Int[Array, " N"], rows: Float[Array, "N E"]
+) -> Float[Array, "B K S E"]:
+    """The pool with some rows of its matrix set, which XLA does in place."""
+    flat = pool.reshape(-1, pool.shape[-1]).at[at].set(rows, mode="drop")
     return flat.reshape(pool.shape)
 
 
@@ -95,4 +113,4 @@ class FullCache(CachePolicy):
 
     def held(self, state: Slots) -> Float[Array, " B"]:
         """The entries of a row."""
-        return jnp.sum(state.positions >= 0, axis=1).astype(jnp.float32)
+        return state.count()

@@ -78,7 +78,7 @@ class LayerCache(flax.struct.PyTreeNode):
             if reading.positions is not None:
                 turned = _turned(new, heads, reading.positions)
             for view in reading.views:
-                part, count = _over_view(view, new, heads, rule, impl)
+                part, count = over_view(view, new, heads, rule, impl)
                 parts.append(part)
                 pairs += count
         if self.stage == "first" and first is not None:
@@ -127,7 +127,7 @@ def _over_each_other(
         mask = _admitted(rule, new.positions, valid, new.positions, valid)
         return part, jnp.sum(mask, axis=(1, 2), dtype=jnp.float32)
     view = CacheView(new.q, new.k.swapaxes(1, 2), new.v.swapaxes(1, 2), new.positions, valid)
-    return _over_view(view, new, heads, rule, impl, mask=seen)
+    return over_view(view, new, heads, rule, impl, mask=seen)
 
 
 def _over_itself(new: Entries, heads: Heads) -> Partial:
@@ -140,7 +140,7 @@ def _over_itself(new: Entries, heads: Heads) -> Partial:
     return v.astype(new.q.dtype), score
 
 
-def _over_view(
+def over_view(
     view: CacheView,
     new: Entries,
     heads: Heads,
@@ -220,7 +220,7 @@ def _by_heads(
         q, k, v = _with_bias(q, k, v, rows(view.bias)[:, None], heads)
     flat = CacheView(q, k, v, rows(view.positions), rows(view.segments))
     several = new._replace(positions=queries(new.positions), segments=queries(q_segments))
-    (out, log_sum_exp), pairs = _over_view(flat, several, heads, rule, impl)
+    (out, log_sum_exp), pairs = over_view(flat, several, heads, rule, impl)
 
     def whole(x: Array) -> Array:
         x = jnp.moveaxis(x.reshape(batch, count, length, groups, *x.shape[3:]), 1, 2)
@@ -331,6 +331,14 @@ class Cache(flax.struct.PyTreeNode):
     def held(self) -> Float[Array, "L B"]:
         """Entries that each layer keeps of each row."""
         return jnp.stack(self._each(lambda policy, state: policy.held(state)))
+
+    def counters(self) -> dict[str, Float[Array, " B"]]:
+        """What the policies count of each row, by name, a sum over layers."""
+        total: dict[str, Array] = {}
+        for counted in self._each(lambda policy, state: policy.counters(state)):
+            for name, value in counted.items():
+                total[name] = total[name] + value if name in total else value
+        return total
 
     def _each(self, function):
         return tuple(function(self.policy.of_layer(i), s) for i, s in enumerate(self.states))

@@ -16,7 +16,8 @@ from tokenlab.decode.processors import (
     TopP,
     Typical,
 )
-from tokenlab.decode.samplers import Categorical, Draw, Greedy, Sampler
+from tokenlab.decode.samplers import Categorical, Draw, Greedy, Sampler, usual_sampler
+from tokenlab.decode.scoring import Scored, score_continuation
 from tokenlab.decode.step_entropy import ReSET, StepEnds, StepEntropy
 from tokenlab.decode.text import Completion, Samples, complete
 
@@ -42,6 +43,7 @@ __all__ = [
     "RepetitionPenalty",
     "Sampler",
     "Samples",
+    "Scored",
     "StepEnds",
     "StepEntropy",
     "Temperature",
@@ -49,4 +51,6 @@ __all__ = [
     "TopP",
     "Typical",
     "complete",
+    "score_continuation",
+    "usual_sampler",
 ]

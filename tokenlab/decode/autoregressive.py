@@ -164,6 +164,10 @@ class _Run:
             return
         self.pairs += np.asarray(self.state.cache.pairs, np.float64)[:, ended].sum(axis=1)
         self.held += np.asarray(self.state.cache.held(), np.float64)[:, ended].sum(axis=1)
+        requests = [cast(int, self.owners[slot]) for slot in ended]
+        for name, counted in self.state.cache.counters().items():
+            all_rows = self.written.statistics.setdefault(name, np.zeros(len(self.prompts)))
+            all_rows[requests] = np.asarray(counted)[ended]
         for slot in ended:
             self.owners[slot] = self.waiting.pop(0) if self.waiting else None
             if self.owners[slot] is not None:

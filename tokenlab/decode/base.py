@@ -93,23 +93,31 @@ class Decoder(abc.ABC):
 
     def _check(self, view: View, prompts: Sequence[Sequence[int]]) -> None:
         """What every decoder refuses."""
-        model = cast(Transformer, view.model)
-        if len(prompts) == 0:
-            raise UserError("there is no prompt to continue; give at least one")
-        if min(len(prompt) for prompt in prompts) < 1:
-            raise UserError("a prompt has no token; begin it with the tokenizer's bos_id")
-        for prompt in prompts:
-            if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-                raise UserError(
-                    f"a prompt has token {min(prompt) if min(prompt) < 0 else max(prompt)}, and "
-                    f"the model knows 0 to {model.vocab_size - 1}; use the model's tokenizer"
-                )
-        longest = max(len(prompt) for prompt in prompts)
-        if longest + self.max_new_tokens > model.max_length:
+        check_prompts(cast(Transformer, view.model), prompts, self.max_new_tokens)
+
+
+def check_prompts(model: Transformer, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Refuses prompts that a model cannot go on from by ``new`` tokens.
+
+    Raises:
+        UserError: as :meth:`Decoder.__call__`.
+    """
+    if len(prompts) == 0:
+        raise UserError("there is no prompt to continue; give at least one")
+    if min(len(prompt) for prompt in prompts) < 1:
+        raise UserError("a prompt has no token; begin it with the tokenizer's bos_id")
+    for prompt in prompts:
+        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
             raise UserError(
-                f"a prompt of {longest} tokens and {self.max_new_tokens} new ones exceed the "
-                f"model's context of {model.max_length}; shorten the prompt or max_new_tokens"
+                f"a prompt has token {min(prompt) if min(prompt) < 0 else max(prompt)}, and "
+                f"the model knows 0 to {model.vocab_size - 1}; use the model's tokenizer"
             )
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + new > model.max_length:
+        raise UserError(
+            f"a prompt of {longest} tokens and {new} new ones exceed the "
+            f"model's context of {model.max_length}; shorten the prompt or max_new_tokens"
+        )
 
 
 def bucket(size: int) -> int:

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from tokenlab.core.arrays import Array, Bool, Float, Int, RowKeys
-from tokenlab.decode.processors import History, Processor, RowLogits
+from tokenlab.decode.processors import (
+    History,
+    MinP,
+    Processor,
+    RowLogits,
+    Temperature,
+    TopK,
+    TopP,
+)
 
 
 class Draw(NamedTuple):
@@ -101,3 +109,33 @@ class Categorical(Sampler):
         token = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
         logp = jax.nn.log_softmax(logits, axis=-1)
         return token, jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
+
+
+def usual_sampler(
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Sampler:
+    """The sampler of the usual four settings, applied in this order.
+
+    Args:
+        temperature: divisor of the logits; 0 takes the likeliest token, whatever the rest.
+        top_k: tokens to draw from, or None for all.
+        top_p: share of the probability to draw from, or None.
+        min_p: least probability relative to the highest, or None.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+    if temperature == 0:
+        return Greedy()
+    processors: list[Processor] = [Temperature(value=temperature)]
+    if top_k is not None:
+        processors.append(TopK(k=top_k))
+    if top_p is not None:
+        processors.append(TopP(p=top_p))
+    if min_p is not None:
+        processors.append(MinP(p=min_p))
+    return Categorical(processors=tuple(processors))

@@ -1,7 +1,8 @@
 """Pictures of runs and of what each token received."""
 
+from tokenlab.plots.budgets import plot_budgets
 from tokenlab.plots.curves import plot_curves
 from tokenlab.plots.study import plot_study
 from tokenlab.plots.tokens import plot_token_values
 
-__all__ = ["plot_curves", "plot_study", "plot_token_values"]
+__all__ = ["plot_budgets", "plot_curves", "plot_study", "plot_token_values"]

@@ -1,0 +1,136 @@
+"""All caches on a published model: perplexity and needle recall against the tokens they may read.
+
+SmolLM2-135M reads 1000 tokens of held-out prose, of which each layer then keeps or reads a budget,
+and goes on one token at a time: on the text itself, and on the end of a sentence that was hidden in
+other text, which gives a number of four digits.
+
+Command:  python -m tokenlab models fetch smollm2_135m
+          python -m tokenlab data fetch english_prose
+          python -m tokenlab study experiments/cache/budgets.py
+Hardware: two CPU cores, ten minutes, most of it compilation.
+Expected: EXPECTED
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from tokenlab.cache import (
+    EMS,
+    ActQKV,
+    CachePolicy,
+    FullCache,
+    LouisKV,
+    PageTopK,
+    SinkCache,
+    TokenSelect,
+)
+from tokenlab.core.context import View
+from tokenlab.data import TfdsCorpus
+from tokenlab.decode import score_continuation
+from tokenlab.interop import load_pretrained
+from tokenlab.interop.assets import fetch_model
+from tokenlab.study import Claim, Measured, Study, Trial
+
+SENTENCE = " The number of the {animal} is {number}."
+QUESTION = " Remember: the number of the {animal} is"
+BUDGETS = (384, 128)
+ANIMALS = ("otter", "raven", "badger", "heron", "lynx", "turtle")
+
+
+@functools.cache
+def _model():
+    model, params, tokenizer = load_pretrained(fetch_model("smollm2_135m"))
+    documents = TfdsCorpus(name="english_prose").documents("held_out")
+    texts = [tokenizer.encode(document.text[:20_000]) for document in documents]
+    return View(model=model, params=params), tokenizer, [t for t in texts if len(t) > 3000]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget(Trial):
+    """Perplexity of the text after a prompt, and whether hidden numbers are repeated.
+
+    Attributes:
+        policy: the policy.
+        budget: earlier tokens that a layer keeps or reads.
+        prompt: tokens of a prompt.
+        written: tokens of text after it.
+        depths: where in the prompt sentences are hidden, as shares of it.
+    """
+
+    policy: CachePolicy
+    budget: int
+    prompt: int = 1000
+    written: int = 32
+    depths: tuple[float, ...] = (0.2, 0.7)
+
+    def measure(self, *, seed: int) -> Measured:
+        """One text and one prompt for each depth."""
+        view, tokenizer, texts = _model()
+        rng = np.random.default_rng(seed)
+        prompts, rest = [], []
+        text, start = texts[seed % len(texts)], int(rng.integers(0, 1500))
+        end = start + self.prompt - 1
+        prompts.append([tokenizer.bos_id, *text[start:end]])
+        rest.append(text[end : end + self.written])
+        for depth in self.depths:
+            text = texts[rng.integers(len(texts))]
+            animal, number = rng.choice(ANIMALS), int(rng.integers(1000, 10_000))
+            sentence, question, answer = (
+                tokenizer.encode(x.format(animal=animal, number=number).encode())
+                for x in (SENTENCE, QUESTION, " {number}")
+            )
+            count = self.prompt - 1 - len(sentence) - len(question)
+            at = int(depth * count)
+            hay = text[start : start + count]
+            prompts.append([tokenizer.bos_id, *hay[:at], *sentence, *hay[at:], *question])
+            rest.append(answer)
+        scored = score_continuation(view, self.policy, prompts, rest)
+        needles = scored.logp[1:].sum(axis=1) / scored.lengths[1:]
+        return Measured(
+            figures={
+                "text/perplexity": float(np.exp(-scored.logp[0].mean())),
+                "needle/nats_per_token": float(-needles.mean()),
+                "needle/repeated": float(scored.repeated[1:].mean()),
+            },
+            costs={"budget": float(self.budget)},
+        )
+
+
+def policies(budget: int) -> dict[str, CachePolicy]:
+    """Every policy at a budget; windows of 32 tokens where there is one."""
+    return {
+        "sink and recent": SinkCache(budget=budget),
+        "H2O": EMS(budget=budget, redundant=2.0, score="global", slack=16),
+        "SnapKV": EMS(budget=budget, redundant=2.0, score="local", slack=16),
+        "EMS": EMS(budget=budget, slack=16),
+        "PageTopK": PageTopK(budget=budget, page=16, window=32),
+        "TokenSelect": TokenSelect(budget=budget, sinks=4, window=32),
+        "LouisKV": LouisKV(budget=budget, sinks=4, window=32),
+        "ActQKV": ActQKV(budget=budget, sinks=16, window=32, block=16),
+    }
+
+
+def study() -> Study:
+    """An eighth and three eighths of the prompt."""
+    arms = {"full cache at 1000": Budget(policy=FullCache(), budget=1000)}
+    for budget in BUDGETS:
+        arms |= {
+            f"{name} at {budget}": Budget(policy=policy, budget=budget)
+            for name, policy in policies(budget).items()
+        }
+    others = ("EMS", "PageTopK", "TokenSelect", "LouisKV", "ActQKV")
+    return Study(
+        name="budgets",
+        question="Which caches keep a hidden number that sinks and a window lose?",
+        arms=arms,
+        matched="budget",
+        claims=tuple(
+            Claim(
+                arm=f"{name} at 384", than="sink and recent at 384", metric="needle/nats_per_token"
+            )
+            for name in others
+        ),
+        seeds=(0, 1, 2),
+    )
