@@ -5,8 +5,9 @@ Paper:    Sun et al., "SpecTr: Fast Speculative Decoding via Optimal Transport",
 Command:  python -m tokenlab data fetch english_prose
           python -m tokenlab study experiments/decode/spectr.py
 Hardware: two CPU cores, eight minutes, of which six train target and draft once.
-Expected: four drafts of four tokens write at least 10 % more tokens per pass of the target than
-          one, at temperature 1 and an unchanged likelihood under the target.
+Expected: 2.21, 2.43, 2.64 and 2.82 tokens per pass of the target with one, two, four and eight
+          drafts of four tokens, at temperature 1 and an unchanged likelihood under the target;
+          four drafts write 20 % more than one (95 % interval 13 to 26 %).
 """
 
 import dataclasses
