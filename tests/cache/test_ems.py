@@ -29,7 +29,7 @@ def test_scores_of_uniform_attention():
         np.testing.assert_allclose(policy.scores(state)[row, head, :8], s, atol=6e-4)
 
 
-@pytest.mark.parametrize("sizes", [[30], [25, *[1] * 5]])
+@pytest.mark.parametrize("sizes", [pytest.param([30], marks=pytest.mark.slow), [25, *[1] * 5]])
 def test_mass_is_that_of_the_whole_attention_however_it_is_read(sizes):
     """And rows of attention sum to 1: ``sum(global) = T``, ``sum(local) = L``."""
     arrays = [x[:, :30] for x in ARRAYS]

@@ -20,7 +20,12 @@ def counters(cache, row=0):
 
 @pytest.mark.parametrize(
     "other",
-    [{"jump": -1.0}, {"jump": 2.0}, {"jump": 0.1, "cluster": 1}, {"segment": 40, "window": 1}],
+    [
+        {"jump": 0.1, "cluster": 1},
+        pytest.param({"jump": -1.0}, marks=pytest.mark.slow),
+        pytest.param({"jump": 2.0}, marks=pytest.mark.slow),
+        pytest.param({"segment": 40, "window": 1}, marks=pytest.mark.slow),
+    ],
 )
 def test_equals_full_attention_where_the_budget_covers_the_row(other):
     sizes = [20, 12, *[1] * 32]
