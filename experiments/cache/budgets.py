@@ -8,7 +8,10 @@ Command:  python -m tokenlab models fetch smollm2_135m
           python -m tokenlab data fetch english_prose
           python -m tokenlab study experiments/cache/budgets.py
 Hardware: two CPU cores, ten minutes, most of it compilation.
-Expected: EXPECTED
+Expected: in nats per token of a hidden number, lower is better: full cache 0.16, PageTopK 0.16,
+          TokenSelect 0.21, SnapKV 0.28, EMS 0.35, ActQKV 0.37, LouisKV 0.79, H2O 1.11, sinks and
+          window 1.54, whose window still has one of the two sentences. Three seeds do not tell
+          LouisKV from that.
 """
 
 import dataclasses
@@ -35,7 +38,7 @@ from tokenlab.study import Claim, Measured, Study, Trial
 
 SENTENCE = " The number of the {animal} is {number}."
 QUESTION = " Remember: the number of the {animal} is"
-BUDGETS = (384, 128)
+BUDGETS = (384,)  # add others for a curve: two minutes of a core for each policy
 ANIMALS = ("otter", "raven", "badger", "heron", "lynx", "turtle")
 
 
@@ -113,7 +116,7 @@ def policies(budget: int) -> dict[str, CachePolicy]:
 
 
 def study() -> Study:
-    """An eighth and three eighths of the prompt."""
+    """Three eighths of the prompt."""
     arms = {"full cache at 1000": Budget(policy=FullCache(), budget=1000)}
     for budget in BUDGETS:
         arms |= {
