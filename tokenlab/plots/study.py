@@ -16,7 +16,9 @@ def plot_study(record: Mapping[str, Any]) -> Figure:
         record: what ``StudyResult.record`` gives.
     """
     claimed = list(dict.fromkeys(claim["metric"] for claim in record["claims"]))
-    figure = Figure(figsize=(4.2 * len(claimed), 3.6), layout="constrained")
+    widest = max(len(record["figures"][metric]) for metric in claimed)
+    width = max(4.2, 0.9 * widest)
+    figure = Figure(figsize=(width * len(claimed), 3.6), layout="constrained")
     axes = figure.subplots(1, len(claimed), squeeze=False)[0]
     for axis, metric in zip(axes, claimed, strict=True):
         arms = record["figures"][metric]
@@ -24,11 +26,11 @@ def plot_study(record: Mapping[str, Any]) -> Figure:
             mean = sum(values) / len(values)
             axis.hlines(mean, place - 0.25, place + 0.25, lw=2)
             axis.plot([place] * len(values), values, "o", color="black", ms=4, alpha=0.6)
-        names = [textwrap.fill(arm, 60 // len(arms)) for arm in arms]
+        names = [textwrap.fill(arm, max(8, 60 // len(arms))) for arm in arms]
         axis.set_xticks(range(len(arms)), names, fontsize=8)
         axis.set_xlim(-0.6, len(arms) - 0.4)
         axis.set_title(metric, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     question = f"{record['question']} (equal {record['matched']})"
-    figure.suptitle(textwrap.fill(question, 60 * len(claimed)), fontsize=9)
+    figure.suptitle(textwrap.fill(question, int(14 * width) * len(claimed)), fontsize=9)
     return figure
