@@ -64,6 +64,13 @@ def _nans_are_errors(request):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_go_with_their_module():
+    """Every program takes memory maps, of which a process has 65,530: not enough for the suite."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     """Only loopback and local sockets connect."""
