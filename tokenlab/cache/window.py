@@ -55,16 +55,16 @@ class RingCache(CachePolicy):
 class SinkCache(CachePolicy):
     """Keeps the first tokens of a row and the newest.
 
+    Reference: Guangxuan Xiao, Yuandong Tian, Beidi Chen, Song Han, Mike Lewis, "Efficient Streaming
+    Language Models with Attention Sinks", 2023, arXiv:2309.17453.
+
+    Differences from the paper: a prompt is read whole, and only then cut to the budget.
+
     Attributes:
         budget: tokens kept in a layer, sinks among them.
         sinks: first tokens that are kept for good.
         renumber: whether entries and queries take their positions from their place in the cache,
             as in the paper, so that no distance exceeds the budget; otherwise they keep their own.
-
-    Reference: Guangxuan Xiao, Yuandong Tian, Beidi Chen, Song Han, Mike Lewis, "Efficient Streaming
-    Language Models with Attention Sinks", 2023, arXiv:2309.17453.
-
-    Differences from the paper: a prompt is read whole, and only then cut to the budget.
     """
 
     budget: int
