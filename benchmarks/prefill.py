@@ -17,8 +17,10 @@ from benchmarks.timing import in_turn
 from tokenlab import config
 from tokenlab.attention import MassBudget, MeanPooledBlocks, PermutedBlocks
 from tokenlab.cache import FullCache
+from tokenlab.core.context import View
 from tokenlab.data import TfdsCorpus
-from tokenlab.decode.passes import logits_of, prefill, read
+from tokenlab.decode import score_continuation
+from tokenlab.decode.passes import begin
 from tokenlab.interop import load_pretrained
 from tokenlab.interop.assets import fetch_model
 from tokenlab.models import unrolled
@@ -41,36 +43,9 @@ def text(tokenizer, count):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def first_token(model, capacity, params, tokens):
     """The cache of a prompt and the logits of the token after it."""
-    cache = model.empty_cache(FullCache(), batch=1, capacity=capacity)
-    cache, last, _ = prefill(model, params, cache, tokens, jnp.asarray([tokens.shape[1]]))
-    return cache, logits_of(model, params, last)[:, 0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def continuation(model, params, cache, logits, tokens, start):
-    """Nats of every token after the prompt, read over its cache in one pass."""
-    positions = (start + jnp.arange(tokens.shape[1]))[None]
-    segments = jnp.ones_like(tokens)
-    out = read(model, params, cache, tokens, positions=positions, segments=segments)
-    ahead = logits_of(model, params, out.hidden[:, :-1])
-    logp = jax.nn.log_softmax(jnp.concatenate([logits[:, None], ahead], axis=1))
-    return -jnp.take_along_axis(logp, tokens[..., None], axis=-1)[0, :, 0]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def shares(model, capacity, params, tokens):
-    """Density of earlier spans, and blocks computed over causal ones, means of layers and heads."""
-    cache = model.empty_cache(FullCache(), batch=1, capacity=capacity)
-    positions = jnp.arange(tokens.shape[1])[None]
-    _, seen = model.apply(
-        {"params": params}, tokens, positions=positions, segments=jnp.ones_like(tokens),
-        cache=cache, mutable="prefill",
-    )  # fmt: skip
-    found = jax.tree_util.tree_leaves_with_path(seen["prefill"])
-    return {
-        name: jnp.mean(jnp.stack([x for path, x in found if name in jax.tree_util.keystr(path)]))
-        for name in ("density", "visited")
-    }
+    lengths = jnp.asarray([tokens.shape[1]])
+    begun = begin(model, params, FullCache(), tokens, lengths, capacity=capacity)
+    return begun.cache, begun.logits
 
 
 def measure(options):
@@ -91,20 +66,25 @@ def measure(options):
         name: functools.partial(first_token, one, capacity, params, prompt)
         for name, one in models.items()
     }
-    nats = {
-        name: float(jnp.mean(continuation(model, params, *run[name](), rest, options.length)))
-        for name in models
-    }
+    scores = {
+        name: score_continuation(
+            View(model=one, params=params), FullCache(), prompt.tolist(), rest.tolist(),
+            chunk=options.new,
+        )
+        for name, one in models.items()
+    }  # fmt: skip
+    nats = {name: -float(np.mean(found.logp)) for name, found in scores.items()}
     timings = in_turn(run, repeats=options.repeats)
     print(f"{options.length} tokens, {options.new} after them at {np.exp(nats['dense']):.3f} each")
     for name, timing in timings.items():
         line = f"  {name:14} {timing.best:6.2f} s"
         if name != "dense":
-            found = shares(models[name], capacity, params, prompt)
+            found = {key: float(x[0]) for key, x in scores[name].statistics.items()}
             line += f"  dense/this best {timings['dense'].best / timing.best:.2f}"
             line += f" median {timings['dense'].median / timing.median:.2f}"
             line += f"  perplexity {100 * np.expm1(nats[name] - nats['dense']):+.2f} %"
-            line += f"  density {found['density']:.3f}  blocks computed {found['visited']:.3f}"
+            line += f"  density {found['prefill_density']:.3f}"
+            line += f"  blocks computed {found['prefill_visited']:.3f}"
         print(line, flush=True)
 
 

@@ -36,8 +36,9 @@ from tokenlab.attention import (
     WindowBlocks,
 )
 from tokenlab.cache import FullCache
+from tokenlab.core.context import View
 from tokenlab.data import TfdsCorpus
-from tokenlab.evals import read_on
+from tokenlab.decode import score_continuation
 from tokenlab.interop import load_pretrained
 from tokenlab.interop.assets import fetch_model
 from tokenlab.models import unrolled
@@ -129,15 +130,20 @@ def document(number: int, count: int):
     corpus = TfdsCorpus(name="english_prose").documents("held_out")
     longest = sorted((-len(corpus[i].text), i) for i in range(len(corpus)))[number][1]
     ids = [tokenizer.bos_id, *tokenizer.encode(corpus[longest].text)]
-    return np.asarray([ids[:count]], np.int32)
+    return np.asarray(ids[:count], np.int32)
 
 
 @functools.cache
 def dense(number: int, prompt: int, length: int):
     """What dense attention makes of a document."""
-    model, params, _ = published()
-    ids = document(number, prompt + length)
-    return read_on(model, FullCache(), params, ids[:, :prompt], ids[:, prompt:])
+    return scored(published()[0], number, prompt, length)
+
+
+def scored(model, number: int, prompt: int, length: int):
+    """What a model with the published parameters makes of a document behind its prompt."""
+    view = View(model=model, params=published()[1])
+    ids = document(number, prompt + length).tolist()
+    return score_continuation(view, FullCache(), [ids[:prompt]], [ids[prompt:]], chunk=length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,15 +162,13 @@ class Prose(Trial):
 
     def measure(self, *, seed: int) -> Measured:
         """Density, and how far the tokens behind the prompt are from what they were."""
-        model, params, _ = published()
-        sparse = configs.replace(model, {"block.mixer.prefill": self.part})
-        ids = document(seed, self.prompt + self.length)
-        found = read_on(sparse, FullCache(), params, ids[:, : self.prompt], ids[:, self.prompt :])
+        sparse = configs.replace(published()[0], {"block.mixer.prefill": self.part})
+        found = scored(sparse, seed, self.prompt, self.length)
         exact = dense(seed, self.prompt, self.length)
         figures = {
-            "text/density": found.density[0],
-            "text/blocks_computed": found.visited[0],
-            "text/nats_more": float(jnp.mean(found.nats) - jnp.mean(exact.nats)),
+            "text/density": found.statistics["prefill_density"][0],
+            "text/blocks_computed": found.statistics["prefill_visited"][0],
+            "text/nats_more": float(np.mean(exact.logp) - np.mean(found.logp)),
             "text/hidden_error": far(found.hidden, exact.hidden),
         }
         return Measured(figures=figures, costs={"budget": spent(self.part)})

@@ -25,6 +25,7 @@ from tokenlab.decode import (
     Temperature,
     complete,
 )
+from tokenlab.decode.speculative import PromptLookup, Speculative
 from tokenlab.models import llama
 from tokenlab.tokenizers import ByteTokenizer
 from tokenlab.tokenizers.base import Tokenizer
@@ -179,11 +180,18 @@ def test_text_is_forced_and_strings_are_banned_in_a_batch():
         assert len(one.text) > 20 and not set(one.text) & set("abcdfgh")
 
 
-def test_a_row_ends_where_nothing_is_left():
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        Autoregressive(max_new_tokens=60, end_ids=()),
+        Speculative(drafter=PromptLookup(length=3), max_new_tokens=60, end_ids=()),
+    ],
+    ids=lambda decoder: type(decoder).__name__,
+)
+def test_a_row_ends_where_nothing_is_left(decoder):
     tokenizer = ByteTokenizer()
     found, generation = complete(
-        silent(tokenizer.vocab_size), tokenizer, ["x", "longer"],
-        decoder=Autoregressive(max_new_tokens=60, end_ids=()),
+        silent(tokenizer.vocab_size), tokenizer, ["x", "longer: We We"], decoder=decoder,
         constraints=(ForcedText(text="Well: "), BannedStrings(texts=("e",))),
     )  # fmt: skip
     assert [one.text for one in found] == ["W", "W"]

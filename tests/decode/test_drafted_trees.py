@@ -29,7 +29,7 @@ class Planted(DynamicTree):
         logits = jnp.log(jnp.asarray(self.table))[0, history.last(1)[:, 0]]
         return logits, state
 
-    def _after(self, draft, state, tree, history, sampler):
+    def _after(self, draft, history, sampler, state, tree):
         depth = jnp.sum(tree.ancestors(), axis=2)
         return jnp.asarray(self.table)[jnp.minimum(depth, len(self.table) - 1), tree.tokens], state
 

@@ -9,13 +9,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.block_sparse_attention import SlidingWindow
 from kernels_pallas.decode_attention import NOTHING
-from tokenlab.cache.attention_mass import attention_mass
 from tokenlab.cache.base import CacheView, Entries, Heads, Reading, Room
 from tokenlab.cache.choosing import best
 from tokenlab.cache.probes import Moments, layer_budgets, probe_weights
 from tokenlab.cache.retrieval import Reads, Retrieval, Store
 from tokenlab.core.arrays import Array, Bool, Float, Int
+from tokenlab.core.attention_mass import attention_mass
 from tokenlab.core.errors import UserError
 
 _REPRESENTATIVES, _QUESTION = 4, 4
@@ -271,8 +272,10 @@ class ActQKV(Retrieval):
         keys = jnp.concatenate([old, k.swapaxes(1, 2).astype(old.dtype)], axis=2)
         positions = jnp.concatenate([positions, jnp.where(valid, new.positions, -1)], axis=1)
         mass = attention_mass(
-            q, keys, q_positions=new.positions, q_valid=valid, k_positions=positions[:, None],
-            heads=heads, window=self.window,
+            q=q, k=keys, q_positions=new.positions, q_segments=valid.astype(jnp.int32),
+            kv_positions=positions[:, None],
+            kv_segments=(positions >= 0)[:, None].astype(jnp.int32),
+            rule=SlidingWindow(size=self.window), scale=heads.scale, softcap=heads.softcap,
         ).reshape(len(q), heads.num_heads, -1)  # fmt: skip
         slots = jnp.where(positions < 0, state.mass.shape[2], positions)[:, None]
         b, h = jnp.arange(len(q))[:, None, None], jnp.arange(heads.num_heads)[None, :, None]

@@ -49,7 +49,7 @@ def spherical_k_means(
     if centred:
         total = jnp.sum(jnp.where(there, x, 0), axis=2, keepdims=True)
         x = x - total / jnp.maximum(jnp.sum(there, axis=2, keepdims=True), 1)
-    x = jnp.where(there, _directions(x), 0)
+    x = jnp.where(there, directions(x)[0], 0)
     open_ = (jnp.arange(most)[None] < counts[:, None])[:, None]
     centres = jnp.where(open_[..., None], _far_apart(x, valid, most), 0)
 
@@ -60,16 +60,18 @@ def spherical_k_means(
         kept = jnp.sum(sums * sums, axis=-1, keepdims=True) > 0
         distance = jnp.where(valid[:, None], 1 - nearest, 0)
         mean = jnp.sum(distance, axis=2) / jnp.maximum(jnp.sum(valid, axis=1), 1)[:, None]
-        return jnp.where(kept, _directions(sums), centres), mean
+        return jnp.where(kept, directions(sums)[0], centres), mean
 
     centres, objective = jax.lax.scan(step, centres, None, length=iterations)
     of, _ = _assigned(x, centres, open_)
     return Clusters(jnp.where(valid[:, None], of, -1), jnp.moveaxis(objective, 0, 2))
 
 
-def _directions(x: Float[Array, "*N E"]) -> Float[Array, "*N E"]:
-    norm = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
-    return x / jnp.where(norm > 0, norm, 1.0)
+def directions(x: Float[Array, "*N E"]) -> tuple[Float[Array, "*N E"], Float[Array, "*N 1"]]:
+    """Vectors of length one, and the lengths there were; zeros stay zeros. Float32."""
+    wide = x.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.sum(wide * wide, axis=-1, keepdims=True))
+    return wide / jnp.where(norm > 0, norm, 1.0), norm
 
 
 def _far_apart(

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.block_sparse_attention import Causal
 from kernels_pallas.decode_attention import NOTHING
-from tokenlab.cache.attention_mass import attention_mass, attention_rows
 from tokenlab.cache.base import CachePolicy, CacheView, Entries, Heads, Reading, Room
 from tokenlab.cache.choosing import compacted, mask_of
+from tokenlab.cache.clusters import directions
 from tokenlab.core.arrays import Array, Bool, Float, Int
+from tokenlab.core.attention_mass import attention_mass, attention_rows
 from tokenlab.core.errors import UserError
 
 
@@ -168,20 +170,22 @@ class EMS(CachePolicy):
         return joined.take(compacted(joined.positions >= 0, slots))
 
     def _with_attention(self, joined: Kept, new: Entries, heads: Heads) -> Kept:
-        valid = new.segments > 0
-        count = jnp.sum(valid, axis=1, dtype=jnp.int32)
+        valid = (new.segments > 0).astype(jnp.int32)
+        count = jnp.sum(valid, axis=1)
         shared: dict[str, Any] = {
-            "k_positions": joined.positions, "heads": heads, "bias": self._bias(joined),
+            "k": joined.k, "kv_positions": joined.positions,
+            "kv_segments": (joined.positions >= 0).astype(jnp.int32), "rule": Causal(),
+            "scale": heads.scale, "softcap": heads.softcap, "bias": self._bias(joined),
         }  # fmt: skip
-        mass = attention_mass(new.q, joined.k, q_positions=new.positions, q_valid=valid, **shared)
+        mass = attention_mass(q=new.q, q_positions=new.positions, q_segments=valid, **shared)
         recent = min(self.window, new.positions.shape[1])
         ours = jnp.minimum(count, recent)
         at = jnp.clip((count - ours)[:, None] + jnp.arange(recent)[None], 0, valid.shape[1] - 1)
         there = jnp.arange(recent)[None] < ours[:, None]
         positions = jnp.where(there, jnp.take_along_axis(new.positions, at, axis=1), -1)
         rows = attention_rows(
-            jnp.take_along_axis(new.q, at[..., None, None], axis=1), joined.k,
-            q_positions=positions, q_valid=there, **shared,
+            q=jnp.take_along_axis(new.q, at[..., None, None], axis=1),
+            q_positions=positions, q_segments=there.astype(jnp.int32), **shared,
         )  # fmt: skip
         # The newest rows: those that were there, less as many as come.
         last = ours[:, None] + jnp.arange(self.window)[None]
@@ -287,19 +291,13 @@ def _redundancy(
     """The highest similarity of each entry to a centre, and that centre's number."""
 
     def cosines(x: Array) -> Array:
-        x = _directions(x)[0]
+        x = directions(x)[0]
         y = jnp.take_along_axis(x, jnp.maximum(centres, 0)[..., None], axis=2)
         products = jnp.einsum("bkse,bkce->bksc", x, y, precision=jax.lax.Precision.HIGHEST)
         return jnp.maximum(products, 0.0)
 
     both = jnp.where((centres >= 0)[:, :, None], cosines(full.k) * cosines(full.v), -1.0)
     return jnp.max(both, axis=3), jnp.argmax(both, axis=3).astype(jnp.int32)
-
-
-def _directions(x: Float[Array, "*N E"]) -> tuple[Float[Array, "*N E"], Float[Array, "*N 1"]]:
-    wide = x.astype(jnp.float32)
-    norm = jnp.sqrt(jnp.sum(wide * wide, axis=-1, keepdims=True))
-    return wide / jnp.where(norm > 0, norm, 1.0), norm
 
 
 def _merged(
@@ -314,7 +312,7 @@ def _merged(
     own = jnp.where(centres < 0, of.shape[2], centres)
     of = of.at[b, h, own].set(jnp.arange(count, dtype=jnp.int32)[None, None], mode="drop")
     weight = jnp.maximum(scores, 1e-20)[..., None]
-    direction, norm = _directions(full.k)
+    direction, norm = directions(full.k)
     parts = {
         "weight": weight,
         "direction": weight * direction,
@@ -338,7 +336,7 @@ def _merged(
     is_centre = mask_of(centres, of.shape[2])[..., None]
     # A class of one is left as it is, to the bit.
     grown = is_centre & (total["members"] > 1)
-    key = _directions(total["direction"])[0] * total["norm"] / share
+    key = directions(total["direction"])[0] * total["norm"] / share
     return full.replace(
         k=jnp.where(grown, key.astype(full.k.dtype), full.k),
         v=jnp.where(grown, (total["value"] / share).astype(full.v.dtype), full.v),

@@ -18,8 +18,10 @@ from tokenlab.core.per_device import per_device
 
 Impl = Literal["ref", "xla", "tpu", "gpu"]
 Partial = tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]
-# Of turned entries: the result and the number of pairs.
-First = Callable[[Entries, Heads], tuple[Float[Array, "B T H E"], Float[Array, " B"]]]
+# What a layer says of how it read the beginnings of rows, by name.
+Shares = dict[str, Float[Array, " B"]]
+# Of turned entries: the result, the number of pairs, and such shares.
+First = Callable[[Entries, Heads], tuple[Float[Array, "B T H E"], Float[Array, " B"], Shares]]
 # What the tokens of a pass are: the beginnings of their rows, what follows, or a draft that is not
 # appended yet.
 Stage = Literal["first", "next", "draft"]
@@ -44,6 +46,7 @@ class LayerCache(flax.struct.PyTreeNode):
         pairs: query-key pairs that the pass attended, per row.
         seen: which tokens of the pass see which; None where the mask rule says it all.
         waiting: the entries of a draft, after the pass.
+        shares: what the attention of the beginnings of rows says of itself, after the pass.
     """
 
     policy: CachePolicy = flax.struct.field(pytree_node=False)
@@ -53,6 +56,7 @@ class LayerCache(flax.struct.PyTreeNode):
     pairs: Float[Array, " B"]
     seen: Bool[Array, "B T T"] | None = None
     waiting: Entries | None = None
+    shares: Shares = flax.struct.field(default_factory=dict)
 
     def attend(
         self, new: Entries, *, rule: MaskRule, impl: Impl | None, first: First | None = None
@@ -71,7 +75,7 @@ class LayerCache(flax.struct.PyTreeNode):
         heads, policy = self.heads, self.policy
         turned = _turned(new, heads, new.positions)
         kept, state, parts = (turned if policy.rotated else new), self.state, []
-        pairs = self.pairs
+        pairs, shares = self.pairs, {}
         if self.stage != "first":
             reading = policy.read(state, kept, heads=heads)
             state = reading.state
@@ -82,14 +86,14 @@ class LayerCache(flax.struct.PyTreeNode):
                 parts.append(part)
                 pairs += count
         if self.stage == "first" and first is not None:
-            out, count = first(turned, heads)
+            out, count, shares = first(turned, heads)
         else:
             own, count = _over_each_other(turned, self.seen, heads, rule, impl)
             out = _merged([*parts, own])
         if self.stage == "draft":
             return out, self.replace(state=state, waiting=kept, pairs=pairs + count)
         state = policy.append(state, kept, heads=heads)
-        return out, self.replace(state=state, pairs=pairs + count)
+        return out, self.replace(state=state, pairs=pairs + count, shares=shares)
 
 
 def _turned(new: Entries, heads: Heads, positions: Int[Array, "B T"]) -> Entries:
@@ -258,6 +262,7 @@ class Cache(flax.struct.PyTreeNode):
         seen: which tokens of the next pass see which, or None.
         waiting: entries of a draft, by layer.
         pairs: query-key pairs attended so far, per layer and row.
+        shares: what the attention of the beginnings said of itself, a mean over layers.
     """
 
     policy: CachePolicy = flax.struct.field(pytree_node=False)
@@ -267,6 +272,7 @@ class Cache(flax.struct.PyTreeNode):
     pairs: Float[Array, "L B"]
     seen: Bool[Array, "B T T"] | None = None
     waiting: tuple[Entries, ...] = ()
+    shares: Shares = flax.struct.field(default_factory=dict)
 
     @classmethod
     def empty(cls, policy: CachePolicy, room: Room, heads: tuple[Heads, ...]) -> Cache:
@@ -289,7 +295,8 @@ class Cache(flax.struct.PyTreeNode):
             waiting = tuple(layer.waiting for layer in layers)
             return self.replace(states=states, pairs=pairs, waiting=waiting)
         states = self.policy.after_pass(states)
-        return self.replace(states=states, pairs=pairs, stage="next")
+        shares = self.shares if self.stage == "next" else _means([x.shares for x in layers])
+        return self.replace(states=states, pairs=pairs, shares=shares, stage="next")
 
     def draft(self, seen: Bool[Array, "B T T"] | None = None) -> Cache:
         """The next pass reads a draft, of which nothing is kept before :meth:`accept`."""
@@ -313,7 +320,8 @@ class Cache(flax.struct.PyTreeNode):
     def fork(self, rows: Int[Array, " N"]) -> Cache:
         """The caches of ``rows``, in which a row may be twice; they go on apart."""
         states = self._each(lambda policy, state: policy.fork(state, rows))
-        return self.replace(states=states, pairs=self.pairs[:, rows])
+        shares = {name: share[rows] for name, share in self.shares.items()}
+        return self.replace(states=states, pairs=self.pairs[:, rows], shares=shares)
 
     def insert(self, rows: Int[Array, " N"], other: Cache) -> Cache:
         """Puts the rows of another cache in the place of ``rows``."""
@@ -321,7 +329,11 @@ class Cache(flax.struct.PyTreeNode):
             self.policy.of_layer(i).insert(mine, rows, theirs)
             for i, (mine, theirs) in enumerate(zip(self.states, other.states, strict=True))
         )
-        return self.replace(states=states, pairs=self.pairs.at[:, rows].set(other.pairs))
+        shares = {
+            name: share.at[rows].set(other.shares[name]) for name, share in self.shares.items()
+        }
+        pairs = self.pairs.at[:, rows].set(other.pairs)
+        return self.replace(states=states, pairs=pairs, shares=shares)
 
     def truncate(self, lengths: Int[Array, " B"]) -> Cache:
         """Forgets entries at positions from ``lengths`` on."""
@@ -333,8 +345,8 @@ class Cache(flax.struct.PyTreeNode):
         return jnp.stack(self._each(lambda policy, state: policy.held(state)))
 
     def counters(self) -> dict[str, Float[Array, " B"]]:
-        """What the policies count of each row, by name, a sum over layers."""
-        total: dict[str, Array] = {}
+        """What the policies count of each row, by name, a sum over layers; and the shares."""
+        total: dict[str, Array] = dict(self.shares)
         for counted in self._each(lambda policy, state: policy.counters(state)):
             for name, value in counted.items():
                 total[name] = total[name] + value if name in total else value
@@ -342,3 +354,11 @@ class Cache(flax.struct.PyTreeNode):
 
     def _each(self, function):
         return tuple(function(self.policy.of_layer(i), s) for i, s in enumerate(self.states))
+
+
+def _means(layers: list[Shares]) -> Shares:
+    """Over the layers that have each."""
+    names = {name for shares in layers for name in shares}
+    return {
+        name: jnp.mean(jnp.stack([x[name] for x in layers if name in x]), axis=0) for name in names
+    }

@@ -18,8 +18,8 @@ from tokenlab.core.arrays import Array, Bool, Float, Int, PRNGKeyArray, RowKeys
 from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.decode.base import Decoder, Generation, OnTokens, bucket, padded
-from tokenlab.decode.passes import Spent, ledger, logits_of, prefill, read
-from tokenlab.decode.processors import History
+from tokenlab.decode.passes import Spent, begin, ledger, logits_of, read
+from tokenlab.decode.processors import History, Processor
 from tokenlab.decode.samplers import Categorical, Sampler
 from tokenlab.models import Transformer, unrolled
 
@@ -32,13 +32,11 @@ class _State(flax.struct.PyTreeNode):
     cache: Cache
     logits: Float[Array, "B V"]
     history: History
-    limit: Int[Array, " B"]
     done: Bool[Array, " B"]
     processors: PyTree
     logp_model: Float[Array, "B N"]
     logp_behaviour: Float[Array, "B N"]
     keys: RowKeys
-    steps: Int[Array, ""]
     spent: Spent
 
 
@@ -86,6 +84,10 @@ class Autoregressive(Decoder):
             run.refill()
         return run.generation()
 
+    def behind(self, processors: Sequence[Processor]) -> Autoregressive:
+        """The same with another sampler."""
+        return dataclasses.replace(self, sampler=self.sampler.behind(processors))
+
 
 class _Run:
     """The host's side of a call: which request each slot holds, and what is written so far."""
@@ -128,9 +130,7 @@ class _Run:
 
     def decode(self, steps: int) -> None:
         """Up to ``steps`` tokens in every slot; fewer where one ends and a prompt waits."""
-        until = int(self.state.steps) + steps
-        wait = bool(self.waiting)
-        self.state = _decode(self.static, self.params, self.state, until, wait)
+        self.state = _decode(self.static, self.params, self.state, steps, bool(self.waiting))
         tokens, lengths, logp_model, logp_behaviour = (
             np.asarray(x)
             for x in (
@@ -191,35 +191,30 @@ def _prefill(
 ) -> _State:
     """Reads the prompts; the state is ready to draw the first token."""
     model, decoder = static
-    batch, width = tokens.shape
-    cache = model.empty_cache(decoder.cache, batch=batch, capacity=capacity)
-    cache, last, spent = prefill(model, params, cache, tokens, lengths, chunk=decoder.prefill_chunk)
+    begun = begin(
+        model, params, decoder.cache, tokens, lengths, capacity=capacity,
+        chunk=decoder.prefill_chunk,
+    )  # fmt: skip
+    batch = len(tokens)
     return _State(
-        cache=cache,
-        logits=logits_of(model, params, last)[:, 0],
-        history=History(jnp.pad(tokens, ((0, 0), (0, capacity - width))), lengths, lengths),
-        limit=lengths + decoder.max_new_tokens,
+        **begun._asdict(),
         done=jnp.zeros((batch,), bool),
         processors=decoder.sampler.init(batch=batch),
         logp_model=jnp.zeros((batch, decoder.max_new_tokens)),
         logp_behaviour=jnp.zeros((batch, decoder.max_new_tokens)),
         keys=keys,
-        steps=jnp.zeros((), jnp.int32),
-        spent=spent,
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _insert(state: _State, rows: Int[Array, " N"], other: _State) -> _State:
     """``other`` in the place of ``rows``."""
-    apart = {"cache": None, "steps": None, "spent": None}
+    apart = {"cache": None, "spent": None}
     merged = jax.tree.map(
         lambda leaf, new: leaf.at[rows].set(new), state.replace(**apart), other.replace(**apart)
     )
     return merged.replace(
-        cache=state.cache.insert(rows, other.cache),
-        steps=state.steps,
-        spent=state.spent.plus(other.spent),
+        cache=state.cache.insert(rows, other.cache), spent=state.spent.plus(other.spent)
     )
 
 
@@ -228,17 +223,18 @@ def _decode(
     static: Static,
     params: PyTree,
     state: _State,
-    until: Int[Array, ""],
+    steps: Int[Array, ""],
     wait: Bool[Array, ""],
 ) -> _State:
-    """Draws tokens until step ``until``, until every row has ended, or one where another waits."""
+    """Draws ``steps`` tokens, or until every row has ended, or one where another waits."""
     model, decoder = static
 
-    def unfinished(state: _State) -> Bool[Array, ""]:
-        free = wait & jnp.any(state.done)
-        return (state.steps < until) & ~jnp.all(state.done) & ~free
+    def unfinished(carry: tuple[Array, _State]) -> Bool[Array, ""]:
+        done = carry[1].done
+        return (carry[0] < steps) & ~jnp.all(done) & ~(wait & jnp.any(done))
 
-    def step(state: _State) -> _State:
+    def step(carry: tuple[Array, _State]) -> tuple[Array, _State]:
+        count, state = carry
         position = state.history.lengths
         here = jax.vmap(jax.random.fold_in)(state.keys, position)
         draw, processors = decoder.sampler(
@@ -252,22 +248,22 @@ def _decode(
         )  # fmt: skip
         history = state.history.append(draw.token, running)
         ended = jnp.isin(draw.token, jnp.asarray(decoder.end_ids, jnp.int32))
-        place = jnp.where(running, position - history.prompts, decoder.max_new_tokens)
+        new = history.lengths - history.prompts
+        place = jnp.where(running, new - 1, decoder.max_new_tokens)
         rows = jnp.arange(len(position))
 
         def written(buffer: Array, values: Array) -> Array:
             return buffer.at[rows, place].set(values, mode="drop")
 
-        return state.replace(
+        return count + 1, state.replace(
             cache=out.cache,
             logits=logits_of(model, params, out.hidden)[:, 0],
             history=history,
-            done=~running | ended | (history.lengths >= state.limit),
+            done=~running | ended | (new >= decoder.max_new_tokens),
             processors=processors,
             logp_model=written(state.logp_model, draw.logp_model),
             logp_behaviour=written(state.logp_behaviour, draw.logp_behaviour),
-            steps=state.steps + 1,
             spent=state.spent.after(out, segments, jnp.sum(running)),
         )
 
-    return jax.lax.while_loop(unfinished, step, state)
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]

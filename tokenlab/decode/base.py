@@ -13,6 +13,7 @@ from tokenlab.core.arrays import Float, Int, PRNGKeyArray
 from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.core.ledger import Ledger
+from tokenlab.decode.processors import Processor
 from tokenlab.models import Transformer
 
 # Called with the tokens so far [B, n] and the lengths [B]; may return rows to stop, bool [B].
@@ -90,6 +91,10 @@ class Decoder(abc.ABC):
             UserError: there is no prompt, or one is empty, has an id that the model does not know,
                 or does not fit the model's context with its answer.
         """
+
+    @abc.abstractmethod
+    def behind(self, processors: Sequence[Processor]) -> Decoder:
+        """The same decoder whose logits go through ``processors`` before all others."""
 
     def _check(self, view: View, prompts: Sequence[Sequence[int]]) -> None:
         """What every decoder refuses."""

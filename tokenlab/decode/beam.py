@@ -18,7 +18,7 @@ from tokenlab.core.arrays import Array, Bool, Float, Int, PRNGKeyArray
 from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.decode.base import Decoder, Generation, OnTokens, bucket, padded
-from tokenlab.decode.passes import Spent, ledger, logits_of, prefill, read
+from tokenlab.decode.passes import Spent, begin, ledger_of, logits_of, read
 from tokenlab.decode.processors import History, Processor
 from tokenlab.decode.samplers import Greedy
 from tokenlab.models import Transformer, unrolled
@@ -116,17 +116,18 @@ class BeamSearch(Decoder):
         best = jax.tree.map(lambda x: np.asarray(x[:, 0]), state.finished.best_of(live))
         if on_tokens is not None:
             on_tokens(best.tokens, best.lengths)
-        pairs, held = (
-            np.asarray(x, np.float64).sum(axis=1) for x in (state.cache.pairs, state.cache.held())
-        )
         return Generation(
             tokens=best.tokens,
             lengths=best.lengths,
             logp_model=best.logp,
             logp_behaviour=np.zeros_like(best.logp),
-            ledger=ledger(model, state.spent, pairs=pairs, held=held),
+            ledger=ledger_of(model, state.spent, state.cache),
             statistics={"score": best.scores},
         )
+
+    def behind(self, processors: Sequence[Processor]) -> BeamSearch:
+        """The same with more processors."""
+        return dataclasses.replace(self, processors=(*processors, *self.processors))
 
 
 def _penalised(beams: _Beams, alpha: float) -> Float[Array, "B K"]:
@@ -146,8 +147,7 @@ def _search(
     """Reads the prompts once, then searches."""
     model, decoder = static
     batch, beams = len(prompts), decoder.beams
-    cache = model.empty_cache(decoder.cache, batch=batch, capacity=capacity)
-    cache, last, spent = prefill(model, params, cache, prompts, lengths)
+    begun = begin(model, params, decoder.cache, prompts, lengths, capacity=capacity)
     shape = (batch, beams, decoder.max_new_tokens)
     none = _Beams(
         tokens=jnp.zeros(shape, jnp.int32),
@@ -158,12 +158,12 @@ def _search(
     rows = jnp.repeat(jnp.arange(batch), beams)
     state = _State(
         # Only the first fork counts what reading the prompt has cost.
-        cache=_counted_once(cache.fork(rows), beams),
-        logits=logits_of(model, params, last)[rows, 0],
+        cache=_counted_once(begun.cache.fork(rows), beams),
+        logits=begun.logits[rows],
         live=none.replace(scores=none.scores.at[:, 0].set(0.0)),
         finished=none,
         step=jnp.zeros((), jnp.int32),
-        spent=spent,
+        spent=begun.spent,
     )
 
     def unfinished(state: _State) -> Bool[Array, ""]:
@@ -172,7 +172,7 @@ def _search(
         return (state.step < decoder.max_new_tokens) & jnp.any(worst < reach)
 
     def step(state: _State) -> _State:
-        return _step(static, params, prompts, lengths, capacity, state)
+        return _step(static, params, begun.history, state)
 
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -185,20 +185,19 @@ def _counted_once(cache: Cache, beams: int) -> Cache:
 def _step(
     static: tuple[Transformer, BeamSearch],
     params: PyTree,
-    prompts: Int[Array, "B W"],
-    lengths: Int[Array, " B"],
-    capacity: int,
+    prompts: History,
     state: _State,
 ) -> _State:
     """One more token in every live hypothesis."""
     model, decoder = static
     (batch, beams), vocabulary = state.live.scores.shape, state.logits.shape[-1]
-    history = _histories(prompts, lengths, state.live, capacity)
-    shaped, _ = Greedy(processors=decoder.processors).shape(
+    history = _histories(prompts, state.live)
+    shaped, possible, _ = Greedy(processors=decoder.processors).shape(
         state.logits, tuple(() for _ in decoder.processors), history=history
     )
     logp = jax.nn.log_softmax(state.logits, axis=-1).reshape(batch, beams, vocabulary)
-    ranked = jax.nn.log_softmax(shaped, axis=-1).reshape(batch, beams, vocabulary)
+    ranked = jnp.where(possible[:, None], jax.nn.log_softmax(shaped, axis=-1), _NEVER)
+    ranked = ranked.reshape(batch, beams, vocabulary)
     total = jnp.maximum(state.live.scores[..., None] + ranked, 2 * _NEVER)
     # Twice as many as there are beams: half of them may end.
     scores, flat = jax.lax.top_k(total.reshape(batch, -1), min(2 * beams, beams * vocabulary))
@@ -221,7 +220,7 @@ def _step(
     cache = state.cache.fork(rows.reshape(-1)).replace(pairs=state.cache.pairs)
     written = live.tokens[:, :, at].reshape(-1, 1)
     segments = jnp.ones_like(written)
-    positions = jnp.repeat(lengths, beams)[:, None] + at
+    positions = jnp.repeat(prompts.lengths, beams)[:, None] + at
     out: Any = read(model, params, cache, written, positions=positions, segments=segments)
     return state.replace(
         cache=out.cache,
@@ -233,13 +232,10 @@ def _step(
     )
 
 
-def _histories(
-    prompts: Int[Array, "B W"], lengths: Int[Array, " B"], live: _Beams, capacity: int
-) -> History:
+def _histories(prompts: History, live: _Beams) -> History:
     """The history of every live hypothesis."""
     beams, new = live.scores.shape[1], live.tokens.shape[2]
-    tokens = jnp.pad(prompts, ((0, 0), (0, capacity - prompts.shape[1])))
-    tokens, starts = (jnp.repeat(x, beams, axis=0) for x in (tokens, lengths))
+    tokens, starts = (jnp.repeat(x, beams, axis=0) for x in (prompts.tokens, prompts.lengths))
     place = starts[:, None] + jnp.arange(new)[None, :]
     rows = jnp.arange(len(tokens))[:, None]
     tokens = tokens.at[rows, place].set(live.tokens.reshape(-1, new), mode="drop")

@@ -120,8 +120,9 @@ class _Banned(Processor):
         # What the automaton remembers is shorter than the longest string: so many tokens suffice.
         reach = max(len(text.encode()) for text in self.texts)
         first = history.lengths[:, None] - reach + jnp.arange(reach)[None, :]
-        inside = (first >= history.prompts[:, None]) & (history.last(reach) < len(following[0]))
-        recent = jnp.where(inside, history.last(reach), 0)
+        recent = history.last(reach)
+        inside = (first >= history.prompts[:, None]) & (recent < following.shape[1])
+        recent = jnp.where(inside, recent, 0)
         table = jnp.asarray(following)
 
         def step(place: jax.Array, column: Any) -> tuple[jax.Array, None]:
@@ -130,7 +131,7 @@ class _Banned(Processor):
 
         start = jnp.zeros(len(logits), jnp.int32)
         place, _ = jax.lax.scan(step, start, (recent.T, inside.T))
-        hit = _for_all(jnp.asarray(hits)[place], logits, False)
+        hit = _for_all(jnp.asarray(hits)[place], logits)
         return jnp.where(hit, -jnp.inf, logits), state
 
 
@@ -148,13 +149,12 @@ class _Forced(Processor):
         done = jnp.sum(jnp.where(known, lengths[at], 0), axis=1)
         fits = jnp.asarray(_fitting(self.text, self.vocabulary))
         fits = fits[jnp.minimum(done, len(fits) - 1)]
-        return jnp.where(_for_all(fits, logits, False), logits, -jnp.inf), state
+        return jnp.where(_for_all(fits, logits), logits, -jnp.inf), state
 
 
-def _for_all(known: jax.Array, logits: jax.Array, rest: bool) -> jax.Array:
-    """``[B, V]`` over the tokenizer's tokens, as one over the model's."""
-    extra = logits.shape[-1] - known.shape[-1]
-    return jnp.pad(known, ((0, 0), (0, extra)), constant_values=rest)
+def _for_all(known: jax.Array, logits: jax.Array) -> jax.Array:
+    """``[B, V]`` over the tokenizer's tokens, as one over the model's, whose others are false."""
+    return jnp.pad(known, ((0, 0), (0, logits.shape[-1] - known.shape[-1])))
 
 
 @functools.lru_cache(maxsize=16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from tokenlab.cache import Cache
+from tokenlab.cache import Cache, CachePolicy
 from tokenlab.core.arrays import Array, Float, Hidden, Int
 from tokenlab.core.ledger import Ledger
+from tokenlab.decode.processors import History
 from tokenlab.models import Transformer
 
 
@@ -93,6 +94,12 @@ def ledger(
     )
 
 
+def ledger_of(model: Transformer, spent: Spent, cache: Cache) -> Ledger:
+    """:func:`ledger` of passes over one cache, from its beginning to now."""
+    pairs, held = (np.asarray(x, np.float64).sum(axis=1) for x in (cache.pairs, cache.held()))
+    return ledger(model, spent, pairs=pairs, held=held)
+
+
 def read(
     model: Transformer,
     params: PyTree,
@@ -159,3 +166,40 @@ def prefill(
             lambda carry, start: (step(*carry, start), None), (cache, last, spent), rest
         )
     return cache, last, spent.replace(projected=spent.projected + batch)
+
+
+class Begun(NamedTuple):
+    """Rows whose prompts are read.
+
+    Attributes:
+        cache: with the prompts in it.
+        logits: of the token after each.
+        history: the prompts, with room behind them.
+        spent: the work.
+    """
+
+    cache: Cache
+    logits: Float[Array, "B V"]
+    history: History
+    spent: Spent
+
+
+def begin(
+    model: Transformer,
+    params: PyTree,
+    policy: CachePolicy,
+    tokens: Int[Array, "B W"],
+    lengths: Int[Array, " B"],
+    *,
+    capacity: int,
+    chunk: int | None = None,
+) -> Begun:
+    """Reads prompts into a new cache with room for ``capacity`` tokens a row.
+
+    The other arguments are those of :func:`prefill`.
+    """
+    batch, width = tokens.shape
+    cache = model.empty_cache(policy, batch=batch, capacity=capacity)
+    cache, last, spent = prefill(model, params, cache, tokens, lengths, chunk=chunk)
+    history = History(jnp.pad(tokens, ((0, 0), (0, capacity - width))), lengths, lengths)
+    return Begun(cache, logits_of(model, params, last)[:, 0], history, spent)

@@ -198,11 +198,10 @@ class Typical(Processor):
         surprise = jnp.where(chances > 0, -logp, jnp.inf)
         entropy = jnp.sum(jnp.where(chances > 0, chances * surprise, 0), axis=-1, keepdims=True)
         distance = jnp.abs(surprise - entropy)
-        order = jnp.argsort(distance, axis=-1)
-        ordered = jnp.take_along_axis(chances, order, axis=-1)
+        nearest, ordered = jax.lax.sort((distance, chances), num_keys=1)
         before = jnp.cumsum(ordered, axis=-1) - ordered
         count = jnp.sum(before < self.p, axis=-1, keepdims=True)
-        farthest = jnp.take_along_axis(jnp.sort(distance, axis=-1), count - 1, axis=-1)
+        farthest = jnp.take_along_axis(nearest, count - 1, axis=-1)
         return jnp.where(distance <= farthest, logits, -jnp.inf), state
 
 

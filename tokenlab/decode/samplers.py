@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -63,52 +64,66 @@ class Sampler(abc.ABC):
             history: the tokens before.
             keys: one key per row, so that a row's draw does not depend on its neighbours.
         """
-        shaped, state = self.shape(logits, state, history=history)
-        possible = jnp.any(shaped > -jnp.inf, axis=-1)
-        token, logp_behaviour = self.choose(jnp.where(possible[:, None], shaped, logits), keys)
-        logp = jax.nn.log_softmax(logits, axis=-1)
-        logp_model = jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
+        shaped, possible, state = self.shape(logits, state, history=history)
+        token = self.choose(shaped, keys)
+        logp_model, logp_behaviour = (
+            jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
+            for logp in (jax.nn.log_softmax(logits, axis=-1), self.logp(shaped))
+        )
         return Draw(token, logp_model, logp_behaviour, possible), state
 
     def shape(
         self, logits: RowLogits, state: PyTree, *, history: History
-    ) -> tuple[RowLogits, PyTree]:
-        """Logits after all processors, and their states."""
-        states = []
+    ) -> tuple[RowLogits, Bool[Array, " B"], PyTree]:
+        """Logits after all processors, whether these leave any token, and their states.
+
+        Rows of which nothing is left keep the logits they had, which then mean nothing.
+        """
+        shaped, states = logits, []
         for processor, one in zip(self.processors, state, strict=True):
-            logits, one = processor(logits, one, history=history)
+            shaped, one = processor(shaped, one, history=history)
             states.append(one)
-        return logits, tuple(states)
+        possible = jnp.any(shaped > -jnp.inf, axis=-1)
+        return jnp.where(possible[:, None], shaped, logits), possible, tuple(states)
+
+    def behind(self, processors: Sequence[Processor]) -> Sampler:
+        """The same sampler with ``processors`` before its own."""
+        return dataclasses.replace(self, processors=(*processors, *self.processors))
 
     @abc.abstractmethod
-    def choose(
-        self, logits: RowLogits, keys: RowKeys
-    ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-        """Tokens and their log-probability under the rule of choice."""
+    def choose(self, logits: RowLogits, keys: RowKeys) -> Int[Array, " B"]:
+        """Tokens by shaped logits."""
+
+    @abc.abstractmethod
+    def logp(self, logits: RowLogits) -> RowLogits:
+        """Log-probability of every token under :meth:`choose`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Greedy(Sampler):
     """The most likely token, with probability one."""
 
-    def choose(
-        self, logits: RowLogits, keys: RowKeys
-    ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    def choose(self, logits: RowLogits, keys: RowKeys) -> Int[Array, " B"]:
         """The first of the highest logits."""
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0])
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def logp(self, logits: RowLogits) -> RowLogits:
+        """0 for it, minus infinity for all others."""
+        best = jnp.argmax(logits, axis=-1, keepdims=True)
+        return jnp.where(jnp.arange(logits.shape[-1])[None] == best, 0.0, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Categorical(Sampler):
     """A token in proportion to its probability after the processors."""
 
-    def choose(
-        self, logits: RowLogits, keys: RowKeys
-    ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    def choose(self, logits: RowLogits, keys: RowKeys) -> Int[Array, " B"]:
         """One categorical draw per row."""
-        token = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-        logp = jax.nn.log_softmax(logits, axis=-1)
-        return token, jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+    def logp(self, logits: RowLogits) -> RowLogits:
+        """Their log-softmax."""
+        return jax.nn.log_softmax(logits, axis=-1)
 
 
 def usual_sampler(

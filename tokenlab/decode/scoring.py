@@ -18,10 +18,12 @@ from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.core.ledger import Ledger
 from tokenlab.decode.base import bucket, check_prompts, padded
-from tokenlab.decode.passes import Spent, ledger, logits_of, prefill, read
+from tokenlab.decode.passes import Spent, ledger_of, logits_of, prefill, read
 from tokenlab.models import Transformer, unrolled
 
 Static = tuple[Transformer, CachePolicy, int | None, int]
+# Log-probability of each token, whether it is the likeliest, and the state that predicts it.
+Parts = tuple[Float[Array, "B N"], Bool[Array, "B N"], Float[Array, "B N D"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class Scored:
             end.
         likeliest: whether it is the model's likeliest token; false behind the end. A row that is
             all true is what greedy decoding would have written.
+        hidden: last hidden state from which each token is predicted.
         lengths: tokens of each continuation.
         ledger: cost of all passes.
         statistics: what the cache counted, by name, per row.
@@ -40,6 +43,7 @@ class Scored:
 
     logp: Float[np.ndarray, "B N"]
     likeliest: Bool[np.ndarray, "B N"]
+    hidden: Float[np.ndarray, "B N D"]
     lengths: Int[np.ndarray, " B"]
     ledger: Ledger
     statistics: dict[str, np.ndarray]
@@ -97,18 +101,16 @@ def score_continuation(
     width = bucket(int(lengths.max()))
     # All tokens but the last are read; the last is only predicted.
     read_tokens = -(-(longest - 1) // chunk) * chunk
-    cache, logp, likeliest, spent = _score(
+    cache, (logp, likeliest, hidden), spent = _score(
         (model, policy, prefill_chunk, chunk), bucket(width + read_tokens), params,
         padded(prompts, width), lengths, padded(continuations, read_tokens + 1), counts,
     )  # fmt: skip
     return Scored(
         logp=np.asarray(logp)[:, :longest],
         likeliest=np.asarray(likeliest)[:, :longest],
+        hidden=np.asarray(hidden)[:, :longest],
         lengths=counts,
-        ledger=ledger(
-            model, spent, pairs=np.asarray(cache.pairs, np.float64).sum(axis=1),
-            held=np.asarray(cache.held(), np.float64).sum(axis=1),
-        ),
+        ledger=ledger_of(model, spent, cache),
         statistics={name: np.asarray(x) for name, x in cache.counters().items()},
     )  # fmt: skip
 
@@ -122,7 +124,7 @@ def _score(
     lengths: Int[Array, " B"],
     targets: Int[Array, "B N"],
     counts: Int[Array, " B"],
-) -> tuple[Cache, Float[Array, "B N"], Bool[Array, "B N"], Spent]:
+) -> tuple[Cache, Parts, Spent]:
     model, policy, prefill_chunk, chunk = static
     cache = model.empty_cache(policy, batch=len(tokens), capacity=capacity)
     cache, last, spent = prefill(model, params, cache, tokens, lengths, chunk=prefill_chunk)
@@ -144,17 +146,19 @@ def _score(
     starts = jnp.arange(0, targets.shape[1] - 1, chunk)
     (cache, spent), rest = jax.lax.scan(step, (cache, spent), starts)
     there = jnp.arange(targets.shape[1])[None] < counts[:, None]
-    logp, likeliest = (
-        jnp.concatenate([one, jnp.moveaxis(many, 0, 1).reshape(len(tokens), -1)], axis=1)
+    logp, likeliest, hidden = (
+        jnp.concatenate(
+            [one, jnp.moveaxis(many, 0, 1).reshape(len(tokens), -1, *one.shape[2:])], axis=1
+        )
         for one, many in zip(first, rest, strict=True)
     )
-    return cache, jnp.where(there, logp, 0.0), likeliest & there, spent
+    return cache, (jnp.where(there, logp, 0.0), likeliest & there, hidden), spent
 
 
 def _scored(
     model: Transformer, params: PyTree, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+) -> Parts:
     logits = logits_of(model, params, hidden)
     own = jnp.take_along_axis(logits, targets[..., None], axis=2)[..., 0]
     logp = own - jax.nn.logsumexp(logits, axis=2)
-    return logp, jnp.argmax(logits, axis=2) == targets
+    return logp, jnp.argmax(logits, axis=2) == targets, hidden

@@ -13,7 +13,7 @@ from tokenlab.core.duration import Duration, Fraction
 from tokenlab.core.errors import UserError
 from tokenlab.core.rng import stream
 from tokenlab.decode.autoregressive import Autoregressive
-from tokenlab.decode.base import Generation
+from tokenlab.decode.base import Decoder, Generation
 from tokenlab.decode.constraints import Constraint
 from tokenlab.decode.processors import FirstTokens, Temperature, TopP
 from tokenlab.decode.samplers import Categorical
@@ -32,7 +32,7 @@ def complete(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
-    decoder: Autoregressive,
+    decoder: Decoder,
     seed: int = 0,
     stop: Sequence[str] = (),
     constraints: Sequence[Constraint] = (),
@@ -82,10 +82,7 @@ def complete(
     # A vocabulary may be padded beyond the tokenizer's, with ids that stand for nothing.
     known = FirstTokens(count=tokenizer.vocab_size)
     bound = [constraint.bind(tokenizer) for constraint in constraints]
-    processors = (known, *bound, *decoder.sampler.processors)
-    decoder = dataclasses.replace(
-        decoder, sampler=dataclasses.replace(decoder.sampler, processors=processors)
-    )
+    decoder = decoder.behind((known, *bound))
     watched = on_tokens if stop or on_text is not None else None
     generation = decoder(view, ids, key=stream(seed, "generate"), on_tokens=watched)
     found = texts(generation.tokens, generation.lengths)

@@ -1,7 +1,7 @@
 """Numbers about a model that a sceptic would accept."""
 
 from tokenlab.evals.base import Evaluation
-from tokenlab.evals.continuation import Continuation, Continued, read_on
+from tokenlab.evals.continuation import Continuation
 from tokenlab.evals.references import ByteNgram, Compressor, witten_bell
 from tokenlab.evals.task import TaskAccuracy
 from tokenlab.evals.text import HeldOutText, row_logp, windows
@@ -10,11 +10,9 @@ __all__ = [
     "ByteNgram",
     "Compressor",
     "Continuation",
-    "Continued",
     "Evaluation",
     "HeldOutText",
     "TaskAccuracy",
-    "read_on",
     "row_logp",
     "windows",
     "witten_bell",

@@ -3,74 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from typing import Any, NamedTuple, cast
+from typing import cast
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 
 from tokenlab.cache import CachePolicy, FullCache
-from tokenlab.core.arrays import Array, Float, Int
+from tokenlab.core.arrays import Int
+from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.data.base import Corpus
-from tokenlab.decode.passes import logits_of, read
+from tokenlab.decode import score_continuation
 from tokenlab.evals.base import Evaluation
-from tokenlab.models import Transformer, unrolled
+from tokenlab.models import Transformer
 from tokenlab.tokenizers.base import Tokenizer
-
-
-class Continued(NamedTuple):
-    """What a model made of the tokens behind a prompt.
-
-    Attributes:
-        nats: negative log-likelihood of each.
-        hidden: last hidden state at each.
-        density: of the prompt, as ``attention.Prefilled`` has it, a mean over layers and heads;
-            1 where it was read densely.
-        visited: likewise.
-    """
-
-    nats: Float[Array, "B N"]
-    hidden: Float[Array, "B N D"]
-    density: Float[Array, " B"]
-    visited: Float[Array, " B"]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def read_on(
-    model: Transformer,
-    policy: CachePolicy,
-    params: PyTree,
-    prompt: Int[Array, "B T"],
-    rest: Int[Array, "B N"],
-) -> Continued:
-    """Reads prompts at once, as a decoder does, and then what follows them in one pass."""
-    batch, length = prompt.shape
-    room = length + rest.shape[1]
-    cache = model.empty_cache(policy, batch=batch, capacity=room)
-    places = jnp.broadcast_to(jnp.arange(room)[None], (batch, room))
-    out, seen = cast(
-        Any,
-        model.apply(
-            {"params": params}, prompt, positions=places[:, :length],
-            segments=jnp.ones_like(prompt), cache=cache, mutable="prefill",
-        ),
-    )  # fmt: skip
-    after = read(
-        model, params, out.cache, rest, positions=places[:, length:], segments=jnp.ones_like(rest)
-    )
-    ahead = jnp.concatenate([out.hidden[:, -1:], after.hidden[:, :-1]], axis=1)
-    logp = jax.nn.log_softmax(logits_of(model, params, ahead))
-    nats = -jnp.take_along_axis(logp, rest[..., None], axis=-1)[..., 0]
-    found = {"density": [], "visited": []}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(seen):
-        found[path[-2].key].append(jnp.mean(leaf, axis=1))
-    shares = (jnp.mean(jnp.stack(x or [jnp.ones(batch)]), axis=0) for x in found.values())
-    return Continued(nats, after.hidden, *shares)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,15 +69,20 @@ class Continuation(Evaluation):
                 f"no document of split {self.split!r} has {self.prompt + self.length} tokens;"
                 " lower prompt or length"
             )
-        plain, params = unrolled(cast(Transformer, model).causal_twin(), params)
+        view = View(model=cast(Transformer, model).causal_twin(), params=params)
         found = [
-            read_on(plain, self.cache, params, row[None, : self.prompt], row[None, self.prompt :])
+            score_continuation(
+                view, self.cache, [row[: self.prompt].tolist()], [row[self.prompt :].tolist()],
+                chunk=self.length,
+            )
             for row in rows
-        ]
-        nats = float(np.mean([np.asarray(one.nats, np.float64) for one in found]))
+        ]  # fmt: skip
+        nats = -float(np.mean([one.logp for one in found], dtype=np.float64))
+        dense = np.ones(1)
+        density = [one.statistics.get("prefill_density", dense)[0] for one in found]
         return {
             "perplexity": math.exp(nats),
             "nats": nats,
-            "density": float(np.mean([one.density for one in found])),
+            "density": float(np.mean(density)),
             "tokens": len(rows) * self.length,
         }

@@ -13,6 +13,7 @@ from flax import linen as nn
 from kernels_pallas.block_sparse_attention import Causal, MaskRule, block_sparse_attention
 from tokenlab.attention import PrefillAttention, Prefilled
 from tokenlab.cache import Entries, Heads, LayerCache
+from tokenlab.cache.layers import Shares
 from tokenlab.core.arrays import Array, Bool, Float, Hidden, Positions, Scalar, Segments
 from tokenlab.core.errors import UserError
 from tokenlab.core.per_device import per_device
@@ -149,8 +150,8 @@ class Attention(Mixer):
 
     def _prefilled(
         self, new: Entries, heads: Heads
-    ) -> tuple[Float[Array, "B T H E"], Float[Array, " B"]]:
-        """Whole prompts, turned already; the result and the pairs."""
+    ) -> tuple[Float[Array, "B T H E"], Float[Array, " B"], Shares]:
+        """Whole prompts, turned already; the result, the pairs, and what was looked at."""
         part = self.prefill
         assert part is not None
 
@@ -166,9 +167,10 @@ class Attention(Mixer):
                 **new._asdict(),
             )
         )
-        self.sow("prefill", "density", found.density)
-        self.sow("prefill", "visited", found.visited)
-        return found.out, jnp.mean(found.pairs, axis=1)
+        pairs, density, visited = (
+            jnp.mean(x, axis=1) for x in (found.pairs, found.density, found.visited)
+        )
+        return found.out, pairs, {"prefill_density": density, "prefill_visited": visited}
 
     def _within(self, new: Entries, heads: Heads) -> Float[Array, "B T H E"]:
         q, k = (heads.rotate(x, positions=new.positions) for x in (new.q, new.k))

@@ -7,10 +7,10 @@ import dataclasses
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 
 from tokenlab.core.arrays import Array, Float, Hidden, Int, Positions, Segments, Tokens, Weights
+from tokenlab.core.attention_mass import attention_mass
 
 
 @flax.struct.dataclass
@@ -195,37 +195,17 @@ def attention_received(layer: LayerView, *, block: int) -> Weights:
         layer: queries, keys and the rule of their masks.
         block: queries at a time.
     """
-    batch, length, _, width = layer.queries.shape
-    block = min(block, length)
-    missing = -length % block
-
-    def blocks(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
-
-    keys = layer.keys.astype(jnp.float32)
-    grouped = layer.queries.reshape(batch, length, keys.shape[2], -1, width)
-
-    def add(total: Weights, rows: tuple[Array, Array, Array]) -> tuple[Weights, None]:
-        queries, positions, segments = rows
-        scores = jnp.einsum(
-            "bqkge,bske->bkgqs",
-            queries.astype(jnp.float32),
-            keys,
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        scores *= layer.scale
-        if layer.softcap is not None:
-            scores = layer.softcap * jnp.tanh(scores / layer.softcap)
-        seen = layer.rule(
-            positions[:, :, None],
-            layer.positions[:, None, :],
-            segments[:, :, None],
-            layer.segments[:, None, :],
-        )[:, None, None]
-        # A finite value, so that a padded query has no NaN.
-        attention = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-        return total + jnp.sum(jnp.where(seen, attention, 0.0), axis=(1, 2, 3)), None
-
-    rows = blocks(grouped), blocks(layer.positions), blocks(layer.segments)
-    return jax.lax.scan(add, jnp.zeros((batch, length), jnp.float32), rows)[0]
+    positions, segments = layer.positions, layer.segments
+    mass = attention_mass(
+        q=layer.queries,
+        k=layer.keys.swapaxes(1, 2),
+        q_positions=positions,
+        q_segments=segments,
+        kv_positions=positions[:, None],
+        kv_segments=segments[:, None],
+        rule=layer.rule,
+        scale=layer.scale,
+        softcap=layer.softcap,
+        block=block,
+    )
+    return jnp.sum(mass, axis=(1, 2))

@@ -19,9 +19,9 @@ from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.core.rng import stream
 from tokenlab.decode.base import Decoder, Generation, OnTokens, bucket, padded
-from tokenlab.decode.passes import Spent, ledger, logits_of, prefill, read
-from tokenlab.decode.processors import History
-from tokenlab.decode.samplers import Categorical, Greedy, Sampler
+from tokenlab.decode.passes import Spent, begin, ledger_of, logits_of, read
+from tokenlab.decode.processors import History, Processor
+from tokenlab.decode.samplers import Categorical, Sampler
 from tokenlab.decode.speculative.drafters import Draft, Drafter, Outcome, path_histories
 from tokenlab.decode.speculative.tree import Tree
 from tokenlab.decode.speculative.verify import RecursiveRejection, Verifier
@@ -94,22 +94,25 @@ class Speculative(Decoder):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
         tokens = padded(prompts, width)
         state = _prefill(static, capacity, params, draft_params, tokens, lengths, keys)
-        limit = lengths + self.max_new_tokens
         turns = self.stream_every if on_tokens is not None else self.max_new_tokens
         while not bool(jnp.all(state.done)):
-            state = _decode(static, params, draft_params, state, keys, limit, turns)
+            state = _decode(static, params, draft_params, state, keys, turns)
             if on_tokens is not None:
                 state = _shown(state, self, on_tokens)
         return self._generation(model, draft_model, state)
+
+    def behind(self, processors: Sequence[Processor]) -> Speculative:
+        """The same with another sampler."""
+        return dataclasses.replace(self, sampler=self.sampler.behind(processors))
 
     def _generation(
         self, model: Transformer, draft: Transformer | None, state: _State
     ) -> Generation:
         tokens, lengths = _written(state.history, self.max_new_tokens)
         inside = np.arange(self.max_new_tokens)[None] < lengths[:, None]
-        cost = _ledger(model, state.spent, state.cache)
+        cost = ledger_of(model, state.spent, state.cache)
         asked = self.drafter.spent(state.drafter)
-        others = {} if asked is None else {"draft": _ledger(cast(Transformer, draft), *asked)}
+        others = {} if asked is None else {"draft": ledger_of(cast(Transformer, draft), *asked)}
         return Generation(
             tokens=tokens,
             lengths=lengths,
@@ -118,14 +121,11 @@ class Speculative(Decoder):
             ledger=cost,
             others=others,
             statistics={
-                "passes": np.asarray(state.passes), "accepted": np.asarray(state.accepted)
+                "passes": np.asarray(state.passes),
+                "accepted": np.asarray(state.accepted),
+                **{name: np.asarray(x) for name, x in state.cache.counters().items()},
             },
-        )  # fmt: skip
-
-
-def _ledger(model: Transformer, spent: Spent, cache: Cache) -> Any:
-    pairs, held = (np.asarray(x, np.float64).sum(axis=1) for x in (cache.pairs, cache.held()))
-    return ledger(model, spent, pairs=pairs, held=held)
+        )
 
 
 def _written(history: History, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,19 +154,19 @@ def _prefill(
 ) -> _State:
     """Reads the prompts and draws the first token of each row, on which the first tree hangs."""
     model, draft, decoder = static
-    batch, width = tokens.shape
-    cache = model.empty_cache(decoder.cache, batch=batch, capacity=capacity)
-    cache, last, spent = prefill(model, params, cache, tokens, lengths, chunk=decoder.prefill_chunk)
-    history = History(jnp.pad(tokens, ((0, 0), (0, capacity - width))), lengths, lengths)
-    drawing = _at_positions(keys, history, "first")
-    logits = logits_of(model, params, last)[:, 0]
+    batch = len(tokens)
+    begun = begin(
+        model, params, decoder.cache, tokens, lengths, capacity=capacity,
+        chunk=decoder.prefill_chunk,
+    )  # fmt: skip
     draw, _ = decoder.sampler(
-        logits, decoder.sampler.init(batch=batch), history=history, keys=drawing
-    )
+        begun.logits, decoder.sampler.init(batch=batch), history=begun.history,
+        keys=_at_positions(keys, begun.history, "first"),
+    )  # fmt: skip
     empty = jnp.zeros((batch, decoder.max_new_tokens))
     return _State(
-        cache=cache,
-        history=history.append(draw.token, draw.possible),
+        cache=begun.cache,
+        history=begun.history.append(draw.token, draw.possible),
         done=~draw.possible | _is_end(draw.token, decoder) | (decoder.max_new_tokens <= 1),
         drafter=decoder.drafter.begin(
             None if draft is None else Draft(draft, draft_params), tokens, lengths,
@@ -176,7 +176,7 @@ def _prefill(
         logp_behaviour=empty.at[:, 0].set(draw.logp_behaviour),
         passes=jnp.ones(batch, jnp.int32),
         accepted=jnp.zeros(batch, jnp.int32),
-        spent=spent,
+        spent=begun.spent,
     )  # fmt: skip
 
 
@@ -195,7 +195,6 @@ def _decode(
     draft_params: PyTree,
     state: _State,
     keys: RowKeys,
-    limit: Int[Array, " B"],
     turns: Int[Array, ""],
 ) -> _State:
     """Up to ``turns`` trees, or until every row has ended."""
@@ -204,7 +203,7 @@ def _decode(
         return (carry[0] < turns) & ~jnp.all(carry[1].done)
 
     def turn(carry: tuple[Array, _State]) -> tuple[Array, _State]:
-        return carry[0] + 1, _turn(static, params, draft_params, carry[1], keys, limit)
+        return carry[0] + 1, _turn(static, params, draft_params, carry[1], keys)
 
     return jax.lax.while_loop(unfinished, turn, (jnp.int32(0), state))[1]
 
@@ -215,7 +214,6 @@ def _turn(
     draft_params: PyTree,
     state: _State,
     keys: RowKeys,
-    limit: Int[Array, " B"],
 ) -> _State:
     """One tree: proposed, read, judged, and what is taken of it appended."""
     model, draft_model, decoder = static
@@ -227,38 +225,40 @@ def _turn(
     )  # fmt: skip
     tree = tree._replace(valid=tree.valid & running[:, None])
     logits, out, segments = _judged(model, params, state, tree, running)
-    target, logp_model, logp_behaviour = _targets(logits, tree, history, decoder)
-    verdict = decoder.verifier(tree, target, keys=_at_positions(keys, history, "verify"))
-    # Of what is written, nothing comes after an end token or the bound.
+    logp, possible = _targets(logits, tree, history, decoder.sampler)
+    verdict = decoder.verifier(tree, jnp.exp(logp), keys=_at_positions(keys, history, "verify"))
+    # Of what is written, nothing comes after an end token, the bound, or where nothing is possible.
     tokens = jnp.take_along_axis(tree.tokens, jnp.maximum(verdict.path, 0), axis=1)
     step = jnp.arange(tree.size + 1)[None, :]
     new = jnp.pad(tokens, ((0, 0), (0, 1)))
     new = jnp.where(step == verdict.count[:, None], verdict.token[:, None], new)
     ends = _is_end(new, decoder)
-    room = (limit - history.lengths)[:, None]
-    kept = (step <= verdict.count[:, None]) & (step < room) & running[:, None]
+    before = jnp.pad(verdict.path + 1, ((0, 0), (1, 0)))
+    taken = step <= verdict.count[:, None]
+    stuck = taken & ~jnp.take_along_axis(possible, before, axis=1)
+    limit = history.prompts + decoder.max_new_tokens
+    kept = taken & (step < (limit - history.lengths)[:, None])
+    kept &= running[:, None] & (jnp.cumsum(stuck, axis=1) == 0)
     kept &= jnp.cumsum(ends, axis=1) - ends == 0
     written = jnp.sum(kept, axis=1)
-    before = jnp.pad(verdict.path + 1, ((0, 0), (1, 0)))
     rows = jnp.arange(len(new))[:, None]
     place = jnp.where(kept, history.lengths[:, None] + step, history.tokens.shape[1])
     at = jnp.where(kept, place - history.prompts[:, None], decoder.max_new_tokens)
+    sums = jax.nn.logsumexp(logits, axis=-1)[rows, before]
+    logp_model, logp_behaviour = logits[rows, before, new] - sums, logp[rows, before, new]
 
-    def logged(buffer: Array, table: Array) -> Array:
-        values = table[rows, jnp.maximum(before, 0), new]
+    def logged(buffer: Array, values: Array) -> Array:
         return buffer.at[rows, at].set(values, mode="drop")
 
-    # The root and the accepted nodes are read; the last token is the next root.
-    index = jnp.pad(jnp.maximum(verdict.path, 0) + 1, ((0, 0), (1, 0)))
-    cache = out.cache.accept(index, jnp.where(running, written, 0))
     outcome = Outcome(tree, logits, history.last(1)[:, 0], verdict, running)
     lengths = history.lengths + written
     return _State(
-        cache=cache,
+        # The root and the accepted nodes are read; the last token is the next root.
+        cache=out.cache.accept(before, written),
         history=history._replace(
             tokens=history.tokens.at[rows, place].set(new, mode="drop"), lengths=lengths
         ),
-        done=state.done | jnp.any(kept & ends, axis=1) | (lengths >= limit),
+        done=state.done | jnp.any(kept & ends | stuck, axis=1) | (lengths >= limit),
         drafter=decoder.drafter.learn(drafter, outcome),
         logp_model=logged(state.logp_model, logp_model),
         logp_behaviour=logged(state.logp_behaviour, logp_behaviour),
@@ -285,25 +285,17 @@ def _judged(
 
 
 def _targets(
-    logits: Float[Array, "B M V"], tree: Tree, history: History, decoder: Speculative
-) -> tuple[Float[Array, "B M V"], Float[Array, "B M V"], Float[Array, "B M V"]]:
-    """What is to be written after the root and each node; and log-probabilities of all tokens."""
+    logits: Float[Array, "B M V"], tree: Tree, history: History, sampler: Sampler
+) -> tuple[Float[Array, "B M V"], Bool[Array, "B M"]]:
+    """Log-probabilities of what is written after the root and each node, and if anything can be."""
     batch, count, vocabulary = logits.shape
-    nodes = path_histories(tree, history)
     histories = jax.tree.map(
         lambda root, rest: jnp.concatenate(
             [root[:, None], rest.reshape(batch, count - 1, *root.shape[1:])], axis=1
         ).reshape(batch * count, *root.shape[1:]),
         history,
-        nodes,
+        path_histories(tree, history),
     )
-    sampler = decoder.sampler
     flat = logits.reshape(-1, vocabulary)
-    shaped, _ = sampler.shape(flat, sampler.init(batch=len(flat)), history=histories)
-    logp_model = jax.nn.log_softmax(logits, axis=-1)
-    if isinstance(sampler, Greedy):
-        target = jax.nn.one_hot(jnp.argmax(shaped, axis=-1), vocabulary)
-        target = target.reshape(logits.shape)
-        return target, logp_model, jnp.zeros_like(logits)
-    logp = jax.nn.log_softmax(shaped, axis=-1).reshape(logits.shape)
-    return jnp.exp(logp), logp_model, logp
+    shaped, possible, _ = sampler.shape(flat, sampler.init(batch=len(flat)), history=histories)
+    return sampler.logp(shaped).reshape(logits.shape), possible.reshape(batch, count)

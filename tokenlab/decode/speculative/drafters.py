@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import flax.struct
@@ -16,7 +17,7 @@ from tokenlab.cache import Cache, FullCache
 from tokenlab.core.arrays import Array, Float, Int, RowKeys
 from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
-from tokenlab.decode.passes import Spent, logits_of, prefill, read
+from tokenlab.decode.passes import Spent, begin, logits_of, read
 from tokenlab.decode.processors import History
 from tokenlab.decode.samplers import Sampler
 from tokenlab.decode.speculative.tree import Tree, Verdict
@@ -136,6 +137,9 @@ class Reader(flax.struct.PyTreeNode):
     spent: Spent
 
 
+Ask = Callable[[Reader, Tree], tuple[Float[Array, "B N V"], Reader]]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelDrafter(Drafter):
     """Drafters that ask a smaller model with the same tokenizer, or the first layers of the target.
@@ -187,18 +191,53 @@ class ModelDrafter(Drafter):
         vocabulary: int,
     ) -> Reader:
         """Reads the prompts."""
-        model, params = cast(Draft, draft)
-        cache = model.empty_cache(FullCache(), batch=len(tokens), capacity=capacity)
-        cache, _, spent = prefill(model, params, cache, tokens, lengths)
-        return Reader(cache=cache, lengths=lengths, spent=spent)
+        begun = begin(*cast(Draft, draft), FullCache(), tokens, lengths, capacity=capacity)
+        return Reader(cache=begun.cache, lengths=lengths, spent=begun.spent)
 
     def spent(self, state: Reader) -> tuple[Spent, Cache]:
         """Of the smaller model."""
         return state.spent, state.cache
 
+    def propose(
+        self,
+        draft: Draft | None,
+        state: PyTree,
+        *,
+        history: History,
+        sampler: Sampler,
+        keys: RowKeys,
+    ) -> tuple[Tree, PyTree]:
+        """Reads what was accepted since, and grows a tree on it."""
+        draft = cast(Draft, draft)
+        logits, state = self._root(draft, state, history)
+        tree = Tree.empty(len(logits), self.nodes, logits.shape[-1])
+        first = self._shaped(logits, history, sampler)
+        ask = functools.partial(self._after, draft, history, sampler)
+        return self.grow(tree, first, ask=ask, state=state, keys=keys)
+
+    @abc.abstractmethod
+    def grow(
+        self,
+        tree: Tree,
+        first: Float[Array, "B V"],
+        *,
+        ask: Ask,
+        state: Reader,
+        keys: RowKeys,
+    ) -> tuple[Tree, Reader]:
+        """Fills an empty tree.
+
+        Args:
+            tree: room for the nodes.
+            first: what to draw from after the root.
+            ask: reads a tree, gives what to draw from after each of its nodes.
+            state: of the draft model.
+            keys: one per row.
+        """
+
     def _shaped(self, logits: Float[Array, "B V"], history: History, sampler: Sampler) -> Array:
         """Distribution that drafts are drawn from."""
-        shaped, _ = sampler.shape(logits, sampler.init(batch=len(logits)), history=history)
+        shaped, _, _ = sampler.shape(logits, sampler.init(batch=len(logits)), history=history)
         return jax.nn.softmax(shaped / self.temperature, axis=-1)
 
     def _root(self, draft: Draft, state: Reader, history: History) -> tuple[Array, Reader]:
@@ -216,7 +255,7 @@ class ModelDrafter(Drafter):
         return logits_of(*draft, hidden)[:, 0], state
 
     def _after(
-        self, draft: Draft, state: Reader, tree: Tree, history: History, sampler: Sampler
+        self, draft: Draft, history: History, sampler: Sampler, state: Reader, tree: Tree
     ) -> tuple[Float[Array, "B N V"], Reader]:
         """What to draw from after every node."""
         ancestors = tree.ancestors()
@@ -306,31 +345,24 @@ class Chains(ModelDrafter):
         """As many as there are."""
         return self.count
 
-    def propose(
+    def grow(
         self,
-        draft: Draft | None,
-        state: PyTree,
+        tree: Tree,
+        first: Float[Array, "B V"],
         *,
-        history: History,
-        sampler: Sampler,
+        ask: Ask,
+        state: Reader,
         keys: RowKeys,
-    ) -> tuple[Tree, PyTree]:
+    ) -> tuple[Tree, Reader]:
         """One token of every chain at a time; node ``c * length + l`` is token l of chain c."""
-        draft = cast(Draft, draft)
-        logits, state = self._root(draft, state, history)
-        batch, vocabulary = logits.shape
         number = jnp.arange(self.nodes)
-        tree = Tree.empty(batch, self.nodes, vocabulary)._replace(
-            parents=jnp.broadcast_to(
-                jnp.where(number % self.length, number - 1, -1), (batch, self.nodes)
-            )
-        )
-        chances = self._shaped(logits, history, sampler)[:, None]
-        chances = jnp.broadcast_to(chances, (batch, self.count, vocabulary))
+        parents = jnp.where(number % self.length, number - 1, -1)
+        tree = tree._replace(parents=jnp.broadcast_to(parents, tree.parents.shape))
+        chances = jnp.repeat(first[:, None], self.count, axis=1)
         for at in range(self.length):
             here = number[at :: self.length]
             if at:
-                after, state = self._after(draft, state, tree, history, sampler)
+                after, state = ask(state, tree)
                 chances = after[:, here - 1]
             now = jax.vmap(jax.random.fold_in, (0, None))(keys, at)
             apart = jax.vmap(lambda key: jax.random.split(key, self.count))(now)

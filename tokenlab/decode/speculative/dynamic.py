@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple, cast
+import math
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from tokenlab.core.arrays import Array, Bool, Float, Int, RowKeys
 from tokenlab.core.errors import UserError
-from tokenlab.decode.processors import History
-from tokenlab.decode.samplers import Sampler
-from tokenlab.decode.speculative.drafters import Draft, ModelDrafter, Reader
+from tokenlab.decode.speculative.drafters import Ask, ModelDrafter, Reader
 from tokenlab.decode.speculative.tree import Tree
 
 
@@ -78,38 +76,33 @@ class DynamicTree(ModelDrafter):
         """Longest path."""
         return min(self.size, self.deepest)
 
-    def propose(
+    def grow(
         self,
-        draft: Draft | None,
-        state: PyTree,
+        tree: Tree,
+        first: Float[Array, "B V"],
         *,
-        history: History,
-        sampler: Sampler,
+        ask: Ask,
+        state: Reader,
         keys: RowKeys,
-    ) -> tuple[Tree, PyTree]:
+    ) -> tuple[Tree, Reader]:
         """Adds a node at a time; asks the draft where a row cannot go on without."""
-        draft = cast(Draft, draft)
-        logits, state = self._root(draft, state, history)
-        batch, vocabulary = logits.shape
-        tree = Tree.empty(batch, self.size, vocabulary)
-        left = jnp.zeros((batch, self.size + 1, vocabulary))
-        slots = (batch, self.size + 1)
+        slots = (len(first), self.size + 1)
         frontier = _Frontier(
             value=jnp.zeros(slots).at[:, 0].set(1.0),
-            left=left.at[:, 0].set(self._shaped(logits, history, sampler)),
+            left=jnp.zeros((*slots, first.shape[1])).at[:, 0].set(first),
             known=jnp.zeros(slots, bool).at[:, 0].set(True),
         )
 
         def step(carry: tuple[Tree, _Frontier, Reader], i: Array) -> tuple[tuple, None]:
             tree, frontier, state = carry
             best = jnp.argmax(frontier.value, axis=1)
-            known = jnp.take_along_axis(frontier.known, best[:, None], axis=1)[:, 0]
+            known = jnp.take_along_axis(frontier.known, best[:, None], axis=1)
             frontier, state = jax.lax.cond(
                 jnp.all(known),
                 lambda: (frontier, state),
-                lambda: self._ask(draft, state, tree, frontier, history, sampler),
+                lambda: _informed(frontier, tree, *ask(state, tree)),
             )
-            tree, frontier = jax.vmap(self._grow, in_axes=(0, 0, 0, None, 0))(
+            tree, frontier = jax.vmap(self._add, in_axes=(0, 0, 0, None, 0))(
                 tree, frontier, best, i, keys
             )
             return (tree, frontier, state), None
@@ -117,52 +110,47 @@ class DynamicTree(ModelDrafter):
         (tree, _, state), _ = jax.lax.scan(step, (tree, frontier, state), jnp.arange(self.size))
         return tree, state
 
-    def _ask(
-        self,
-        draft: Draft,
-        state: Reader,
-        tree: Tree,
-        frontier: _Frontier,
-        history: History,
-        sampler: Sampler,
-    ) -> tuple[_Frontier, Reader]:
-        """Distributions after all nodes there are."""
-        chances, state = self._after(draft, state, tree, history, sampler)
-        fresh = tree.valid & ~frontier.known[:, 1:]
-        left = jnp.where(fresh[..., None], chances, frontier.left[:, 1:])
-        return frontier._replace(
-            left=frontier.left.at[:, 1:].set(left),
-            known=frontier.known.at[:, 1:].set(frontier.known[:, 1:] | tree.valid),
-        ), state
-
-    def _grow(
+    def _add(
         self, tree: Tree, frontier: _Frontier, slot: Array, i: Array, key: Array
     ) -> tuple[Tree, _Frontier]:
         """One row: node ``i`` as the next child of ``slot``."""
         value, left = frontier.value[slot], frontier.left[slot]
         taken = (value > 0) & (value >= self.threshold)
-        token = jax.random.categorical(jax.random.fold_in(key, i), jnp.log(left)).astype(jnp.int32)
+        token, rest = _drawn(jax.random.fold_in(key, i), left)
         chance = left[token]
-        rest = left.at[token].set(0.0)
-        total = jnp.sum(rest)
-        rest = jnp.where(total > 0, rest / jnp.where(total > 0, total, 1.0), 0.0)
-        again = jnp.where(total > 0, value * (1 - chance), 0.0)
+        again = jnp.where(jnp.any(rest > 0), value * (1 - chance), 0.0)
         parent = slot - 1
         depth = _depth(tree, parent) + 1
         first = jnp.where(depth < self.depth, value * chance, 0.0)
-        grown = tree._replace(
-            tokens=tree.tokens.at[i].set(token),
-            parents=tree.parents.at[i].set(parent),
-            valid=tree.valid.at[i].set(True),
-            proposals=cast(Array, tree.proposals).at[i].set(left),
+        # Where nothing is taken, all is written to where there is nothing.
+        at, from_ = jnp.where(taken, i, self.size), jnp.where(taken, slot, self.size + 1)
+        behind = jnp.where(taken, i + 1, self.size + 1)
+        put = functools.partial(_put, at=at)
+        return Tree(
+            tokens=put(tree.tokens, token),
+            parents=put(tree.parents, parent),
+            valid=put(tree.valid, True),
+            proposals=put(cast(Array, tree.proposals), left),
+        ), frontier._replace(
+            value=_put(_put(frontier.value, again, at=from_), first, at=behind),
+            left=_put(frontier.left, rest, at=from_),
         )
-        after = frontier._replace(
-            value=frontier.value.at[slot].set(again).at[i + 1].set(first),
-            left=frontier.left.at[slot].set(rest),
-        )
-        return jax.tree.map(
-            lambda old, new: jnp.where(taken, new, old), (tree, frontier), (grown, after)
-        )
+
+
+def _put(x: Array, value: Any, *, at: Array) -> Array:
+    return x.at[at].set(value, mode="drop")
+
+
+def _informed(
+    frontier: _Frontier, tree: Tree, chances: Float[Array, "B N V"], state: Reader
+) -> tuple[_Frontier, Reader]:
+    """With distributions after all nodes that had none."""
+    fresh = tree.valid & ~frontier.known[:, 1:]
+    left = jnp.where(fresh[..., None], chances, frontier.left[:, 1:])
+    return frontier._replace(
+        left=frontier.left.at[:, 1:].set(left),
+        known=frontier.known.at[:, 1:].set(frontier.known[:, 1:] | tree.valid),
+    ), state
 
 
 def _depth(tree: Tree, node: Int[Array, ""]) -> Int[Array, ""]:
@@ -196,64 +184,45 @@ class FixedTree(ModelDrafter):
             raise UserError(f"branches {self.branches} must be at least one level of at least 1")
 
     @property
-    def _levels(self) -> list[tuple[int, int]]:
-        """First node and number of nodes of each level."""
-        levels, first, count = [], 0, 1
-        for branch in self.branches:
-            count *= branch
-            levels.append((first, count))
-            first += count
-        return levels
-
-    @property
     def nodes(self) -> int:
         """All levels together."""
-        return sum(count for _, count in self._levels)
+        return sum(math.prod(self.branches[: level + 1]) for level in range(self.depth))
 
     @property
     def depth(self) -> int:
         """Levels."""
         return len(self.branches)
 
-    def propose(
+    def grow(
         self,
-        draft: Draft | None,
-        state: PyTree,
+        tree: Tree,
+        first: Float[Array, "B V"],
         *,
-        history: History,
-        sampler: Sampler,
+        ask: Ask,
+        state: Reader,
         keys: RowKeys,
-    ) -> tuple[Tree, PyTree]:
+    ) -> tuple[Tree, Reader]:
         """A level at a time."""
-        draft = cast(Draft, draft)
-        logits, state = self._root(draft, state, history)
-        batch, vocabulary = logits.shape
-        tree = Tree.empty(batch, self.nodes, vocabulary)
-        chances = self._shaped(logits, history, sampler)[:, None]
-        before, above = -1, 1
-        for level, (first, count) in enumerate(self._levels):
-            branch = self.branches[level]
+        batch = len(first)
+        chances, start, above = first[:, None], -1, 1
+        for level, branch in enumerate(self.branches):
             if level:
-                after, state = self._after(draft, state, tree, history, sampler)
-                chances = after[:, before : before + above]
-            here = jnp.arange(first, first + count)
-            above_keys = jax.vmap(
-                lambda key, here=here, branch=branch: jax.vmap(jax.random.fold_in, (None, 0))(
-                    key, here[::branch]
-                )
-            )(keys)
+                after, state = ask(state, tree)
+                chances = after[:, start : start + above]
+            count = above * branch
+            here = start + above + jnp.arange(count) if level else jnp.arange(count)
+            parents = start + jnp.arange(count) // branch if level else jnp.full(count, -1)
+            apart = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
             draw = jax.vmap(jax.vmap(functools.partial(_siblings, count=branch)))
-            tokens, proposals, possible = draw(above_keys, chances)
-            parents = before + jnp.arange(count) // branch if level else jnp.full(count, -1)
-            tree = tree._replace(
-                tokens=tree.tokens.at[:, here].set(tokens.reshape(batch, count)),
+            drawn = draw(apart(keys, here[::branch]), chances)
+            tokens, proposals, possible = (x.reshape(batch, count, *x.shape[3:]) for x in drawn)
+            tree = Tree(
+                tokens=tree.tokens.at[:, here].set(tokens),
                 parents=tree.parents.at[:, here].set(parents),
-                valid=tree.valid.at[:, here].set(possible.reshape(batch, count)),
-                proposals=cast(Array, tree.proposals)
-                .at[:, here]
-                .set(proposals.reshape(batch, count, vocabulary)),
+                valid=tree.valid.at[:, here].set(possible),
+                proposals=cast(Array, tree.proposals).at[:, here].set(proposals),
             )
-            before, above = first, count
+            start, above = (start + above, count) if level else (0, count)
         return tree, state
 
 
@@ -263,10 +232,15 @@ def _siblings(
     """Children of one node, without replacement."""
 
     def draw(left: Array, i: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-        token = jax.random.categorical(jax.random.fold_in(key, i), jnp.log(left)).astype(jnp.int32)
-        rest = left.at[token].set(0.0)
-        total = jnp.sum(rest)
-        after = jnp.where(total > 0, rest / jnp.where(total > 0, total, 1.0), 0.0)
-        return after, (token, left, jnp.sum(left) > 0)
+        token, rest = _drawn(jax.random.fold_in(key, i), left)
+        return rest, (token, left, jnp.sum(left) > 0)
 
     return jax.lax.scan(draw, chances, jnp.arange(count))[1]
+
+
+def _drawn(key: Array, left: Float[Array, " V"]) -> tuple[Int[Array, ""], Float[Array, " V"]]:
+    """A token, and what is left to draw from without it; zeros where that is nothing."""
+    token = jax.random.categorical(key, jnp.log(left)).astype(jnp.int32)
+    rest = left.at[token].set(0.0)
+    total = jnp.sum(rest)
+    return token, jnp.where(total > 0, rest / jnp.where(total > 0, total, 1.0), 0.0)
