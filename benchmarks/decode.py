@@ -1,11 +1,13 @@
-"""Greedy decoding: tokens per second, share of memory bandwidth, a peer.
+"""Greedy decoding: tokens per second, share of memory bandwidth, peers.
 
-python -m benchmarks.decode [--model PATH] [--dtype bfloat16] [--peer PYTHON] [--batches 1 16]
-                            [--prompt 128] [--new 128]
+python -m benchmarks.decode [--model PATH] [--dtype bfloat16] [--peer PYTHON] [--llama-cpp PYTHON]
+                            [--batches 1 16] [--prompt 128] [--new 128]
 
-The model is a published one, or else the 15M preset. PYTHON is an interpreter with torch and
-transformers; the peer is ``generate()`` of the same model in float32, or of a Llama of the preset's
-shape. Both write exactly ``--new`` tokens and take turns in one process tree.
+The model is a published one, or else the 15M preset. The peer is ``generate()`` of transformers, on
+the same model in float32 or on a Llama of the preset's shape, under an interpreter that has torch
+and transformers. llama.cpp runs a model that is a GGUF file, once with its weights as they are
+stored and once with the same weights in float32, under an interpreter that has xllamacpp and gguf.
+All write exactly ``--new`` tokens and take turns in one process tree.
 """
 
 import argparse
@@ -61,36 +63,37 @@ def _sum_of_bytes(size: int = 2**28):
     return lambda: total(array), size
 
 
-def measure(
-    view: View,
-    sizes: tuple[int, int, int],
-    peer_python: str | None,
-    folder: pathlib.Path | None,
-    repeats: int,
-) -> None:
-    """Prints the rows of one batch size; ``folder`` holds the model for the peer."""
+def _peers(
+    options: argparse.Namespace, sizes: tuple[int, int, int], folder: pathlib.Path | None
+) -> dict[str, Peer]:
+    """The peers that were asked for; ``folder`` holds the published model for transformers."""
+    peers = {}
+    if options.peer:
+        given = [] if folder is None else ["--model", folder]
+        peers["transformers"] = Peer(options.peer, "llama.py", "decode", *sizes, *given)
+    if options.llama_cpp:
+        call = ("llama_cpp.py", "decode", *sizes, "--model", options.model)
+        peers["llama.cpp, stored"] = Peer(options.llama_cpp, *call)
+        peers["llama.cpp, float32"] = Peer(options.llama_cpp, *call, "--weights", "float32")
+    return peers
+
+
+def measure(view: View, sizes: tuple[int, int, int], peers: dict[str, Peer], repeats: int) -> None:
+    """Prints the rows of one batch size."""
     batch, _, new = sizes
     reading, size = _sum_of_bytes()
     ours, read = _decoder(view, *sizes)
-    functions = {"reading": reading, "ours": ours}
-    if peer_python:
-        given = [] if folder is None else ["--model", folder]
-        functions["peer"] = peer = Peer(peer_python, "llama.py", "decode", *sizes, *given)
-    timings = in_turn(functions, repeats=repeats)
+    timings = in_turn({"reading": reading, "ours": ours} | peers, repeats=repeats)
     bandwidth = size / timings.pop("reading").best
     print(f"batch {batch}: memory is read at {bandwidth / 1e9:.1f} GB/s in the same run")
+    ours = timings["ours"]
+    share = read * new / ours.best / bandwidth
+    print(f"  ours reads {share:.2f} of it")
     for name, timing in timings.items():
         print(
-            f"  {name:5} {batch * new / timing.best:,.0f} tokens/s best,"
-            f" {batch * new / timing.median:,.0f} median,"
-            f" share of memory bandwidth {read * new / timing.best / bandwidth:.2f}"
-        )
-    if peer_python:
-        peer.close()
-        ours, theirs = timings["ours"], timings["peer"]
-        print(
-            f"  ours over peer, tokens/s: {theirs.best / ours.best:.2f}x best,"
-            f" {theirs.median / ours.median:.2f}x median"
+            f"  {name:18} {batch * new / timing.best:,.0f} tokens/s best,"
+            f" {batch * new / timing.median:,.0f} median; ours over it"
+            f" {timing.best / ours.best:.2f}x best, {timing.median / ours.median:.2f}x median"
         )
 
 
@@ -100,6 +103,7 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, help="a published model")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--peer", help="an interpreter with torch and transformers")
+    parser.add_argument("--llama-cpp", help="an interpreter with xllamacpp and gguf")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
@@ -113,7 +117,10 @@ def main() -> None:
             save_pretrained(folder, found.model, found.params, tokenizer=found.tokenizer)
         for batch in options.batches:
             sizes = (batch, options.prompt, options.new)
-            measure(view, sizes, options.peer, folder, options.repeats)
+            peers = _peers(options, sizes, folder)
+            measure(view, sizes, peers, options.repeats)
+            for peer in peers.values():
+                peer.close()
 
 
 if __name__ == "__main__":

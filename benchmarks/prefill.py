@@ -1,9 +1,10 @@
 """Time to the first token of a long prompt, sparse against dense, and what the text behind costs.
 
-python -m benchmarks.prefill [--length 7680] [--new 512] [--thresholds 0.9 0.8]
+python -m benchmarks.prefill [--length 7680] [--new 512] [--thresholds 0.9 0.8] [--stretch 1]
 
-SmolLM2-135M on a held-out document of english_prose; its context is 8192 tokens, so a perplexity
-beyond that says nothing. All prefills run in turn in one process.
+SmolLM2-135M on held-out documents of english_prose. Its context is 8192 tokens; beyond that,
+``--stretch s`` raises the rotary base b to ``b * s ** (width / (width - 2))``, which makes the
+slowest wave s times longer and needs no training. All prefills run in turn in one process.
 """
 
 import argparse
@@ -52,6 +53,9 @@ def measure(options):
     """Prints a row per selector."""
     model, params, tokenizer = load_pretrained(fetch_model("smollm2_135m"))
     model, params = unrolled(model, params)
+    mixer, width = model.block.mixer, model.attentions()[0].width(model.dim)
+    base = mixer.rope_base * options.stretch ** (width / (width - 2))
+    model = config.replace(model, {"block.mixer.rope_base": base})
     ids = text(tokenizer, options.length + options.new)
     prompt, rest = ids[None, : options.length], ids[None, options.length :]
     sizes = {"block": options.block, "span": options.span}
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--span", type=int, default=256)
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.9])
+    parser.add_argument("--stretch", type=float, default=1.0)
     parser.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS))
     parser.add_argument("--repeats", type=int, default=2)
     measure(parser.parse_args())

@@ -23,10 +23,10 @@ jax.config.update("jax_compilation_cache_dir", str(CHECKOUT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-# What also runs on the newest supported JAX: every place where an interface of it is used.
+# What also runs on the newest supported JAX: every place where an interface of it is used, one case
+# of every test, and of TPUs one generation.
 SMOKE = {"kernels_pallas", "models", "train", "decode", "golden", "e2e"}
-# But for what says nothing of interfaces: predicted times, random shapes, compiling all of them,
-# and more than one generation of TPUs.
+# But for what says nothing of interfaces: predicted times, random shapes, compiling all of them.
 NOT_SMOKE = {
     "test_attention_speed",
     "test_beam",
@@ -48,10 +48,15 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    seen = set()
     for item in items:
         told = item.path.parent.name in SMOKE and item.path.stem not in NOT_SMOKE
+        told = told and item.get_closest_marker("slow") is None
         if told and not any(name in item.name for name in OTHER_GENERATIONS):
-            item.add_marker(pytest.mark.smoke)
+            test = (item.path, item.originalname)
+            if test not in seen:
+                item.add_marker(pytest.mark.smoke)
+            seen.add(test)
     slow = config.getoption("--slow")
     out = [item for item in items if (item.get_closest_marker("slow") is not None) != slow]
     config.hook.pytest_deselected(items=out)

@@ -23,6 +23,7 @@ from tokenlab.decode.speculative import Goose, Speculative
 from tokenlab.interop import load_pretrained
 from tokenlab.interop.assets import fetch_model
 from tokenlab.study import Claim, Measured, Study, Trial
+from tokenlab.tokenizers import Tokenizer
 
 NODES = 32
 TREES = {
@@ -52,6 +53,19 @@ class Repeating(Trial):
     def measure(self, *, seed: int) -> Measured:
         """``tokens_per_pass`` of the target."""
         model, params, tokenizer = load_pretrained(fetch_model("smollm2_135m"))
+        ids = self.texts(tokenizer, seed=seed)
+        decoder = Speculative(
+            drafter=self.drafter, sampler=Greedy(), max_new_tokens=self.new_tokens, end_ids=()
+        )
+        found = decoder(View(model=model, params=params), ids, key=stream(seed, "write"))
+        share = found.lengths.sum() / found.statistics["passes"].sum()
+        return Measured(
+            figures={"decode/tokens_per_pass": float(share)},
+            costs={"nodes": float(self.drafter.nodes), "new_tokens": float(found.lengths.sum())},
+        )
+
+    def texts(self, tokenizer: Tokenizer, *, seed: int) -> list[list[int]]:
+        """The token ids of the prompts."""
         corpus = TfdsCorpus(name="python_stdlib" if self.text == "code" else "english_prose")
         documents, rng = corpus.documents("held_out"), np.random.default_rng(seed)
         ids = []
@@ -63,15 +77,7 @@ class Repeating(Trial):
             ids.append([*shown, *shown[:40]] if self.text == "code" else shown)
             if len(ids) == self.prompts:
                 break
-        decoder = Speculative(
-            drafter=self.drafter, sampler=Greedy(), max_new_tokens=self.new_tokens, end_ids=()
-        )
-        found = decoder(View(model=model, params=params), ids, key=stream(seed, "write"))
-        share = found.lengths.sum() / found.statistics["passes"].sum()
-        return Measured(
-            figures={"decode/tokens_per_pass": float(share)},
-            costs={"nodes": float(self.drafter.nodes), "new_tokens": float(found.lengths.sum())},
-        )
+        return ids
 
 
 def study() -> Study:
