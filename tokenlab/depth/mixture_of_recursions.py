@@ -7,11 +7,12 @@ import dataclasses
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokenlab.cache import Cache
-from tokenlab.core.arrays import Hidden, Positions, Segments
+from tokenlab.cache import Picked
+from tokenlab.core.arrays import Array, Bool, Hidden, Positions, Segments
 from tokenlab.core.weighted import Weighted
-from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
-from tokenlab.depth.recursive import Recursive, trace_of
+from tokenlab.depth.base import DepthProgram, DepthTrace
+from tokenlab.depth.loop_keys import LoopKeys
+from tokenlab.depth.recursive import Recursive, SharedLayers
 from tokenlab.routing import ExpertChoiceRouter, Route, Router
 
 
@@ -38,25 +39,24 @@ class MixtureOfRecursions(Recursive):
 
     router: Router = ExpertChoiceRouter()
 
-    @nn.compact
-    def __call__(
+    @nn.nowrap
+    def causal_twin(self) -> DepthProgram:
+        """The same with the router's causal twin."""
+        return self.clone(router=self.router.causal_twin())
+
+    def _loop(
         self,
+        layers: list[nn.Module],
         x: Hidden,
-        block: Layers,
+        keys: LoopKeys,
         *,
-        num_layers: int,
         positions: Positions,
         segments: Segments,
-        cache: Cache | None = None,
-        train: bool = False,
-    ) -> tuple[Hidden, DepthTrace, Cache | None]:
-        """Runs the ends on all tokens and the loop on those that are kept."""
-        layers = self._layers(block, num_layers)
-        where = {"positions": positions, "segments": segments}
-        x = self._run(layers.first, x, **where, train=train)
-        valid = segments > 0
-        kept, routes = valid, []
-        tokens = jnp.sum(valid, axis=1)
+        train: bool,
+    ) -> tuple[Hidden, list[Route]]:
+        """Gathers the tokens that a recursion keeps, runs it, adds the gated result back."""
+        kept, routes = segments > 0, []
+        tokens = jnp.sum(kept, axis=1)
         for r in range(self.recursions):
             share, whole = self.recursions - r, self.recursions
             route = self.router.copy(parent=self, name=f"router_{r}")(
@@ -65,36 +65,24 @@ class MixtureOfRecursions(Recursive):
                 capacity=max(1, x.shape[1] * share // whole),
                 limit=jnp.minimum(tokens, jnp.maximum(1, tokens * share // whole)),
             )
-            x = self._recursion(layers.loop, x, route, **where, train=train)
+            picked = Picked(route.index, route.kept)
+            of = jnp.where(route.valid(), picked.gather(segments), 0)
+            y, after = self._run(
+                layers, route.gather(x), keys.given(r, picked),
+                positions=picked.gather(positions), segments=of, train=train,
+            )  # fmt: skip
+            keys.left(r, after)
+            x = route.scatter_add(x, y)
             kept = route.kept
             routes.append(route)
-        x = self._run(layers.last, x, **where, train=train)
-        trace = trace_of(valid, [route.kept for route in routes], layers)
-        aux = _stacked([route.aux for route in routes])
-        return x, dataclasses.replace(trace, aux=aux), None
+        return x, routes
 
-    @nn.nowrap
-    def causal_twin(self) -> DepthProgram:
-        """The same with the router's causal twin."""
-        return self.clone(router=self.router.causal_twin())
-
-    def _recursion(
-        self,
-        layers: list[nn.Module],
-        x: Hidden,
-        route: Route,
-        *,
-        positions: Positions,
-        segments: Segments,
-        train: bool,
-    ) -> Hidden:
-        """Gathers the kept tokens, runs the layers on them, adds the gated result back."""
-        picked = route.gather(x)
-        at = jnp.take_along_axis(positions, route.index, axis=1)
-        of = jnp.take_along_axis(segments, route.index, axis=1)
-        of = jnp.where(route.valid(), of, 0)
-        y = self._run(layers, picked, positions=at, segments=of, train=train)
-        return route.scatter_add(x, y)
+    def _trace(
+        self, valid: Bool[Array, "B T"], routes: list[Route], layers: SharedLayers
+    ) -> DepthTrace:
+        """And the routers' losses."""
+        trace = super()._trace(valid, routes, layers)
+        return dataclasses.replace(trace, aux=_stacked([route.aux for route in routes]))
 
 
 def _stacked(parts: list[dict[str, Weighted]]) -> dict[str, Weighted]:
