@@ -21,7 +21,13 @@ class MixtureOfRecursions(Recursive):
 
     ``H[I_r] += g_r * F(H[I_r])`` with ``I_0`` all tokens, ``|I_r| = max(1, floor(c_r S))`` and
     ``c_r = (N - r + 1) / N``. F is the shared layers with their own residual stream; its attention
-    is causal among ``I_r``, at the tokens' own positions. Tokens not kept are left as they are.
+    is causal at the tokens' own positions: with ``keys="recursion_wise"`` among ``I_r``, otherwise
+    over ``I_1``, which is all tokens in training. Tokens not kept are left as they are.
+
+    Decoders run the causal twin. A token is appended to the caches of the recursions that it
+    enters, so those have holes; with ``"hybrid"`` every recursion keeps all of ``I_1``, under the
+    keys that it would read. A step computes all recursions of all rows and throws away what was
+    not entered; the ledger counts what was.
 
     ``trace.aux`` has each router's auxiliary losses, one entry per recursion; add them with
     ``AuxiliaryTerm(name="membership", coefficient=1e-3)``.
@@ -31,7 +37,10 @@ class MixtureOfRecursions(Recursive):
     Computation", 2025, arXiv:2507.10524.
 
     Differences from the paper: the capacity of a padded row is that of its tokens, padding left
-    out; recursion-wise keys and values only; no capacity warm-up; no cache yet.
+    out; no capacity warm-up. ``"hybrid"`` keeps a cache of each recursion, as many entries as at
+    full depth: in one cache that is overwritten, decoding would read keys of deeper recursions
+    than training did. ``"shared"`` computes the queries of routed tokens alone, where the released
+    code computes all and masks.
 
     Attributes:
         router: of each recursion, with parameters of its own.
