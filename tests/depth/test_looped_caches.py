@@ -269,6 +269,11 @@ def test_shared_keys_are_read_by_all_and_projected_once():
     keys = 2 * 2 * 16 * 4 * 2  # a product for keys and one for values, 2 heads of width 4
     later = float(trace.active[2:4].sum())
     assert float(other.flops - cost.flops) == pytest.approx(later * keys, rel=1e-6)
+    # What the projections were given: keys once, queries of those that a recursion keeps.
+    _, kept = model.apply({"params": params}, batch[0], **where, mutable=["intermediates"])
+    inputs = {name: kept["intermediates"]["block_0"]["mixer"][name]["inputs"] for name in "qkv"}
+    assert [x.shape[1] for x in inputs["q"]] == [24, 16, 8]
+    assert [x.shape[1] for x in inputs["k"]] == [x.shape[1] for x in inputs["v"]] == [24]
 
 
 def test_a_window_is_of_positions_in_every_recursion():
