@@ -1,5 +1,6 @@
 """Rings, sinks, and layers that take turns."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cached import attend, drawn, empty, entries, fed, heads, plain_attention
@@ -44,7 +45,7 @@ def test_where_positions_are_left_out_the_window_is_of_positions(policy, sizes):
         part = slice(start, start + size)
         new = entries(*(x[:, part] for x in ARRAYS), start)
         new = new._replace(segments=new.segments * there[None, part])
-        new = new.take(np.tile(np.arange(size), (2, 1)), np.full(2, size))
+        new = new.take(jnp.tile(jnp.arange(size), (2, 1)), jnp.full(2, size))
         _, cache = attend(cache, new, stage="next" if start else "first")
         start += size
     kept = [1] if isinstance(policy, SinkCache) else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from tokenlab.cache import LayerCache, Picked, SharedKeys
+from tokenlab.cache import Picked, SharedKeys
 
 KeySharing = Literal["recursion_wise", "shared", "hybrid"]
 
@@ -15,9 +15,7 @@ class LoopKeys:
     Lives while a pass is traced.
     """
 
-    def __init__(
-        self, sharing: KeySharing, caches: list[LayerCache | None], *, layers: int
-    ) -> None:
+    def __init__(self, sharing: KeySharing, caches: list[Any], *, layers: int) -> None:
         """Begins a pass.
 
         Args:
@@ -56,17 +54,17 @@ class LoopKeys:
         if self._sharing == "hybrid" and after[0].cache is not None:
             self._put(recursion, [keys.finished() for keys in after])
 
-    def finished(self) -> list[LayerCache | None]:
+    def finished(self) -> list[Any]:
         """The caches after the pass."""
         if self._sharing == "shared" and self._shared[0].cache is not None:
             self._put(0, [keys.finished() for keys in self._shared])
         return self._caches
 
-    def _of(self, recursion: int, picked: Picked | None) -> list[LayerCache | None]:
+    def _of(self, recursion: int, picked: Picked | None) -> list[Any]:
         start = recursion * self._layers
         own = self._caches[start : start + self._layers]
         return [None if cache is None else cache.replace(picked=picked) for cache in own]
 
-    def _put(self, recursion: int, after: list[LayerCache | None]) -> None:
+    def _put(self, recursion: int, after: list[Any]) -> None:
         start = recursion * self._layers
         self._caches[start : start + self._layers] = after
