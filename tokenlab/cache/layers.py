@@ -48,11 +48,6 @@ class LayerCache(flax.struct.PyTreeNode):
     shares: Shares = flax.struct.field(default_factory=dict)
     picked: Picked | None = None
 
-    @property
-    def projects(self) -> bool:
-        """Tokens come with keys and values of their own."""
-        return True
-
     def attend(
         self, new: Entries, *, rule: MaskRule, impl: Impl | None, first: First | None = None
     ) -> tuple[Float[Array, "B T H E"], LayerCache]:
