@@ -20,7 +20,7 @@ import numpy as np
 
 from kernels_pallas.block_sparse_attention import Causal
 from tokenlab.cache import EMS, Entries, FullCache, Heads, Room
-from tokenlab.cache.layers import over_view
+from tokenlab.cache.attending import over_view
 from tokenlab.study import Claim, Measured, Study, Trial
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 32

@@ -12,6 +12,7 @@ Expected: 1.63 held-out bits per byte, read causally; the plain Transformer has 
 from tokenlab import config as configs
 from tokenlab.core.duration import Fraction
 from tokenlab.data import PackedText, TfdsCorpus
+from tokenlab.decode import Samples
 from tokenlab.depth import MixtureOfRecursions, Recursive, Sequential
 from tokenlab.evals import HeldOutText
 from tokenlab.experiment import Experiment
@@ -52,6 +53,7 @@ def config() -> Experiment:
         steps=STEPS,
         checkpoint=Checkpointing(every=Fraction(of_run=0.5)),
         evals={"held_out": HeldOutText(corpus=CORPUS, length=256, stride=128)},
+        samples=Samples(prompts=("", "It is a truth universally acknowledged, that")),
     )
 
 

@@ -1,8 +1,9 @@
 """Rings, sinks, and layers that take turns."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from cached import attend, drawn, entries, fed, heads, plain_attention
+from cached import attend, drawn, empty, entries, fed, heads, plain_attention
 
 from kernels_pallas.block_sparse_attention import SinkWindow, SlidingWindow
 from tokenlab.cache import Cache, FullCache, PerLayer, RingCache, Room, SinkCache
@@ -32,6 +33,23 @@ def test_what_is_kept_are_the_first_and_the_newest():
     assert sorted(ring.state.positions[0].tolist()) == list(range(24, 30))
     _, sinks = fed(SinkCache(budget=8, sinks=2), LAYER, ARRAYS, SIZES)
     assert sorted(sinks.state.positions[0].tolist()) == [0, 1, *range(24, 30)]
+
+
+@pytest.mark.parametrize("sizes", [[30], [4] * 7 + [2], [1] * 30])
+@pytest.mark.parametrize("policy", [RingCache(budget=6), SinkCache(budget=8, sinks=2)])
+def test_where_positions_are_left_out_the_window_is_of_positions(policy, sizes):
+    """However the row is cut: what has not been overwritten is forgotten too."""
+    there = np.isin(np.arange(30), [1, 3, 4, 9, 10, 17, 20, 21, 25, 26])
+    cache, start = empty(policy, LAYER, 2, 30), 0
+    for size in sizes:
+        part = slice(start, start + size)
+        new = entries(*(x[:, part] for x in ARRAYS), start)
+        new = new._replace(segments=new.segments * there[None, part])
+        new = new.take(jnp.tile(jnp.arange(size), (2, 1)), jnp.full(2, size))
+        _, cache = attend(cache, new, stage="next" if start else "first")
+        start += size
+    kept = [1] if isinstance(policy, SinkCache) else []
+    assert sorted(p for p in cache.state.positions[0].tolist() if p >= 0) == [*kept, 21, 25, 26]
 
 
 def test_renumbered_sinks_are_attention_over_what_is_kept_alone():

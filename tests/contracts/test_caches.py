@@ -52,6 +52,7 @@ class Row:
         paper: whether the docstring names one.
         fresh: whether what is read depends on nothing but what was appended.
         slow: a variant of another row.
+        numbers: whether ``whole`` numbers what it keeps, whatever the positions.
     """
 
     small: CachePolicy
@@ -61,6 +62,7 @@ class Row:
     paper: bool = True
     fresh: bool = True
     slow: bool = False
+    numbers: bool = False
 
 
 SINKS = SinkCache(budget=8, sinks=2)
@@ -71,7 +73,7 @@ TABLE = {
     "sinks": Row(SINKS, SinkCache(budget=WHOLE), kept=8, read=9),
     "sinks renumbered": Row(
         SinkCache(budget=8, sinks=2, renumber=True),
-        SinkCache(budget=WHOLE, renumber=True), kept=8, read=9, slow=True,
+        SinkCache(budget=WHOLE, renumber=True), kept=8, read=9, slow=True, numbers=True,
     ),
     "paged": Row(PagedCache(page=4), PagedCache(page=16, pages=11)),
     "per layer": Row(
@@ -176,18 +178,32 @@ def tokens(lengths, counts, seed, size=CHUNK, dtype=jnp.float32):
     return Entries(q, k, v, jnp.asarray(positions, jnp.int32), jnp.asarray(segments))
 
 
-def run(policy, appends, seed=0, dtype="float32", rows=None):
-    """Outputs at real tokens, row by row in order, and the cache."""
+def run(policy, appends, seed=0, dtype="float32", there=None):
+    """Outputs at real tokens, row by row in order, and the cache.
+
+    Where ``there [B, CAPACITY]`` is given, the rows leave out the other positions.
+    """
     first = np.zeros(len(appends[0]), int)
     cache, lengths = start(policy, dtype, rows=len(first)), first
     written = [[] for _ in first]
     for turn, counts in enumerate(appends):
         new = tokens(lengths, counts, seed, dtype=dtype)
+        if there is not None:
+            new = left_out(new, there)
         out, cache = attend(cache, new, stage="first" if turn == 0 else "next")
-        for row, count in enumerate(counts):
-            written[row].extend(np.asarray(out[row, :count], np.float32))
+        for row, real in enumerate(np.asarray(new.segments) > 0):
+            written[row].extend(np.asarray(out[row], np.float32)[real])
         lengths = lengths + np.asarray(counts)
     return [np.asarray(row) for row in written], cache
+
+
+def left_out(new, there):
+    """The tokens at the positions that are ``there``, padding behind them."""
+    at = np.minimum(np.asarray(new.positions), CAPACITY - 1)
+    kept = np.take_along_axis(there, at, axis=1)
+    count = new.segments.shape[1]
+    new = new._replace(segments=jnp.where(kept, new.segments, 0))
+    return new.take(jnp.tile(jnp.arange(count), (ROWS, 1)), jnp.full(ROWS, count))
 
 
 def same(found, expected, atol=2e-5):

@@ -9,7 +9,6 @@ from flax import linen as nn
 from tokenlab import config
 from tokenlab.core.context import Context, View
 from tokenlab.core.errors import UserError
-from tokenlab.decode import Autoregressive
 from tokenlab.depth import MixtureOfRecursions, Recursive
 from tokenlab.models import llama
 from tokenlab.objectives import AuxiliaryTerm, NextToken, Objective, Term
@@ -23,8 +22,8 @@ class Identity(nn.Module):
         return (self,)
 
     @nn.compact
-    def __call__(self, x, *, positions, segments, train=False):
-        return x, None
+    def __call__(self, x, *, positions, segments, cache=None, train=False):
+        return x, cache
 
 
 class Host(nn.Module):
@@ -181,14 +180,6 @@ def test_parameters_do_not_grow_with_recursions(program):
 def test_layers_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="leaves 4 layers, which are not a multiple of"):
         initialised(small(recursions=3, layers=6))
-
-
-@pytest.mark.parametrize("program", [Recursive, MixtureOfRecursions])
-def test_decoding_is_refused_in_one_line(program):
-    model = small().clone(depth=program(recursions=3))
-    view = View(model=model, params=initialised(model))
-    with pytest.raises(UserError, match=f"{program.__name__} does not decode with a cache yet"):
-        Autoregressive(max_new_tokens=2)(view, [[1, 2]], key=jax.random.key(0))
 
 
 def moved(model, params, at=6):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from tokenlab.core.arrays import Array, Float, Int
+from tokenlab.core.arrays import Array, Bool, Float, Int
 
 
 class Heads(NamedTuple):
@@ -49,6 +49,35 @@ class Room(NamedTuple):
     dtype: Any
 
 
+class Picked(NamedTuple):
+    """Some of the tokens of each row.
+
+    Attributes:
+        index: where in the row each of them stands, in order; behind the last it means nothing.
+        kept: the same choice as a mask.
+    """
+
+    index: Int[Array, "B C"]
+    kept: Bool[Array, "B T"]
+
+    def gather(self, x: Array) -> Array:
+        """What they have of ``x [B, T, ...]``."""
+        return jnp.take_along_axis(x, _along(self.index, x), axis=1)
+
+    def spread(self, x: Array, into: Array) -> Array:
+        """``into [B, T, ...]`` with what they have, ``x [B, C, ...]``, in their places."""
+        place = jnp.maximum(_ranks(self.kept), 0)
+        there = self.kept.reshape(*self.kept.shape, *[1] * (x.ndim - 2))
+        return jnp.where(there, jnp.take_along_axis(x, _along(place, x), axis=1), into)
+
+    def among(self, others: Picked) -> Picked:
+        """The same tokens, numbered among ``others``, all of which they are."""
+        index = jnp.take_along_axis(_ranks(others.kept), self.index, axis=1)
+        count = jnp.sum(others.kept, axis=1, keepdims=True)
+        there = jnp.arange(others.index.shape[1])[None] < count
+        return Picked(jnp.maximum(index, 0), others.gather(self.kept) & there)
+
+
 class Entries(NamedTuple):
     """Queries, keys and values of the tokens of one pass.
 
@@ -67,10 +96,22 @@ class Entries(NamedTuple):
     segments: Int[Array, "B T"]
 
     def take(self, index: Int[Array, "B N"], count: Int[Array, " B"]) -> Entries:
-        """Entries ``index[b, :count[b]]`` of each row, the rest as padding."""
+        """Entries ``index[b, :count[b]]`` of each row but for padding, which comes behind them."""
+        there = jnp.arange(index.shape[1])[None] < count[:, None]
+        there &= jnp.take_along_axis(self.segments, index, axis=1) > 0
+        index = jnp.take_along_axis(index, jnp.argsort(~there, axis=1, stable=True), axis=1)
         picked = jax.tree.map(lambda x: jnp.take_along_axis(x, _along(index, x), axis=1), self)
-        kept = jnp.arange(index.shape[1])[None, :] < count[:, None]
+        kept = jnp.arange(index.shape[1])[None] < jnp.sum(there, axis=1, keepdims=True)
         return picked._replace(segments=jnp.where(kept, picked.segments, 0))
+
+    def spread(self, picked: Picked) -> Entries:
+        """Those of picked tokens in the places of the row, padding in the others."""
+        rows = picked.kept.shape
+
+        def placed(x: Array) -> Array:
+            return picked.spread(x, jnp.zeros((*rows, *x.shape[2:]), x.dtype))
+
+        return jax.tree.map(placed, self)
 
 
 class CacheView(NamedTuple):
@@ -178,3 +219,8 @@ class CachePolicy(abc.ABC):
 
 def _along(index: Int[Array, "B N"], x: Array) -> Int[Array, "B N ..."]:
     return index.reshape(*index.shape, *[1] * (x.ndim - 2))
+
+
+def _ranks(kept: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """How many kept ones come before each kept one."""
+    return jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,14 +9,11 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from kernels_pallas.block_sparse_attention import MaskRule, partial_attention
-from kernels_pallas.decode_attention import merge_partial, partial_decode_attention
-from tokenlab.cache.base import CachePolicy, CacheView, Entries, Heads, Room
+from kernels_pallas.block_sparse_attention import MaskRule
+from tokenlab.cache.attending import Impl, merged, over_each_other, over_view
+from tokenlab.cache.base import CachePolicy, Entries, Heads, Picked, Room
 from tokenlab.core.arrays import Array, Bool, Float, Int
-from tokenlab.core.per_device import per_device
 
-Impl = Literal["ref", "xla", "tpu", "gpu"]
-Partial = tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]
 # What a layer says of how it read the beginnings of rows, by name.
 Shares = dict[str, Float[Array, " B"]]
 # Of turned entries: the result, the number of pairs, and such shares.
@@ -25,14 +21,6 @@ First = Callable[[Entries, Heads], tuple[Float[Array, "B T H E"], Float[Array, "
 # What the tokens of a pass are: the beginnings of their rows, what follows, or a draft that is not
 # appended yet.
 Stage = Literal["first", "next", "draft"]
-
-_HEADS, _ROWS = ("batch", None, "heads", None), ("batch", None)
-_POOL = ("batch", "heads", None, None)
-_AXES = (
-    {name: _HEADS for name in ("q", "k", "v")}
-    | {name: _ROWS for name in ("q_positions", "kv_positions", "q_segments", "kv_segments")}
-    | {"mask": ("batch", None, None), "selected": ("batch", None, None), "pages": _ROWS}
-)
 
 
 class LayerCache(flax.struct.PyTreeNode):
@@ -47,6 +35,7 @@ class LayerCache(flax.struct.PyTreeNode):
         seen: which tokens of the pass see which; None where the mask rule says it all.
         waiting: the entries of a draft, after the pass.
         shares: what the attention of the beginnings of rows says of itself, after the pass.
+        picked: which tokens of the pass come to the layer; None is all, in order.
     """
 
     policy: CachePolicy = flax.struct.field(pytree_node=False)
@@ -57,6 +46,7 @@ class LayerCache(flax.struct.PyTreeNode):
     seen: Bool[Array, "B T T"] | None = None
     waiting: Entries | None = None
     shares: Shares = flax.struct.field(default_factory=dict)
+    picked: Picked | None = None
 
     def attend(
         self, new: Entries, *, rule: MaskRule, impl: Impl | None, first: First | None = None
@@ -72,183 +62,67 @@ class LayerCache(flax.struct.PyTreeNode):
         Returns:
             What they read, and the cache with them appended, or waiting where they are a draft.
         """
+        out, after = self.look(new, rule=rule, impl=impl, first=first)
+        return out, after.keep(new)
+
+    def look(
+        self,
+        new: Entries,
+        *,
+        rule: MaskRule,
+        impl: Impl | None,
+        first: First | None = None,
+        asks: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T H E"], LayerCache]:
+        """:meth:`attend` that appends nothing.
+
+        Args:
+            new: the tokens, whose keys are read.
+            rule: which keys a query may see.
+            impl: form of the kernels.
+            first: as there.
+            asks: the tokens whose queries count, None for all; what others read means nothing.
+        """
         heads, policy = self.heads, self.policy
         turned = _turned(new, heads, new.positions)
-        kept, state, parts = (turned if policy.rotated else new), self.state, []
-        pairs, shares = self.pairs, {}
+        state, parts, pairs, shares = self.state, [], self.pairs, self.shares
         if self.stage != "first":
-            reading = policy.read(state, kept, heads=heads)
+            asking = turned if policy.rotated else new
+            if asks is not None:
+                asking = asking._replace(segments=jnp.where(asks, new.segments, 0))
+            reading = policy.read(state, asking, heads=heads)
             state = reading.state
             if reading.positions is not None:
                 turned = _turned(new, heads, reading.positions)
             for view in reading.views:
-                part, count = over_view(view, new, heads, rule, impl)
+                part, count = over_view(view, asking, heads, rule, impl)
                 parts.append(part)
                 pairs += count
         if self.stage == "first" and first is not None:
             out, count, shares = first(turned, heads)
         else:
-            own, count = _over_each_other(turned, self.seen, heads, rule, impl)
-            out = _merged([*parts, own])
-        if self.stage == "draft":
-            return out, self.replace(state=state, waiting=kept, pairs=pairs + count)
-        state = policy.append(state, kept, heads=heads)
+            own, count = over_each_other(turned, self._seen(), heads, rule, impl, asks)
+            out = merged([*parts, own])
         return out, self.replace(state=state, pairs=pairs + count, shares=shares)
+
+    def keep(self, new: Entries) -> LayerCache:
+        """With the tokens appended, or waiting where they are a draft."""
+        kept = _turned(new, self.heads, new.positions) if self.policy.rotated else new
+        if self.stage == "draft":
+            waiting = kept if self.picked is None else kept.spread(self.picked)
+            return self.replace(waiting=waiting)
+        return self.replace(state=self.policy.append(self.state, kept, heads=self.heads))
+
+    def _seen(self) -> Bool[Array, "B C C"] | None:
+        """Which tokens that come see which."""
+        if self.seen is None or self.picked is None:
+            return self.seen
+        return self.picked.gather(self.picked.gather(self.seen).swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def _turned(new: Entries, heads: Heads, positions: Int[Array, "B T"]) -> Entries:
     q, k = (heads.rotate(x, positions=positions) for x in (new.q, new.k))
     return new._replace(q=q, k=k)
-
-
-def _merged(parts: list[Partial]) -> Float[Array, "B T H E"]:
-    if len(parts) == 1:
-        return parts[0][0]
-    outs, log_sum_exps = (jnp.stack(part) for part in zip(*parts, strict=True))
-    return merge_partial(outs, log_sum_exps)[0]
-
-
-def _over_each_other(
-    new: Entries,
-    seen: Bool[Array, "B T T"] | None,
-    heads: Heads,
-    rule: MaskRule,
-    impl: Impl | None,
-) -> tuple[Partial, Float[Array, " B"]]:
-    """The tokens of a pass over themselves, and the pairs."""
-    valid = (new.segments > 0).astype(jnp.int32)
-    if new.q.shape[1] == 1:
-        return _over_itself(new, heads), valid[:, 0].astype(jnp.float32)
-    where = {"q_positions": new.positions, "q_segments": valid}
-    if seen is None:
-        attend = functools.partial(
-            partial_attention, rule=rule, scale=heads.scale, softcap=heads.softcap, impl=impl
-        )
-        part = per_device(
-            attend, axes=_AXES, out=(_HEADS, _HEADS[:3]), q=new.q, k=new.k, v=new.v, **where,
-            kv_positions=new.positions, kv_segments=valid,
-        )  # fmt: skip
-        mask = _admitted(rule, new.positions, valid, new.positions, valid)
-        return part, jnp.sum(mask, axis=(1, 2), dtype=jnp.float32)
-    view = CacheView(new.q, new.k.swapaxes(1, 2), new.v.swapaxes(1, 2), new.positions, valid)
-    return over_view(view, new, heads, rule, impl, mask=seen)
-
-
-def _over_itself(new: Entries, heads: Heads) -> Partial:
-    """One token of each row: its value, and its score as the log-sum-exp."""
-    groups = heads.num_heads // heads.num_kv_heads
-    k, v = (jnp.repeat(x, groups, axis=2) for x in (new.k, new.v))
-    score = heads.scale * jnp.sum(new.q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1)
-    if heads.softcap is not None:
-        score = heads.softcap * jnp.tanh(score / heads.softcap)
-    return v.astype(new.q.dtype), score
-
-
-def over_view(
-    view: CacheView,
-    new: Entries,
-    heads: Heads,
-    rule: MaskRule,
-    impl: Impl | None,
-    mask: Bool[Array, "B T S"] | None = None,
-) -> tuple[Partial, Float[Array, " B"]]:
-    """The tokens of a pass over older ones, and the pairs, a mean over key heads."""
-    q_segments = (new.segments > 0).astype(jnp.int32)
-    if view.positions.ndim == 3:
-        return _by_heads(view, new, q_segments, heads, rule, impl)
-    arrays = {
-        "q": view.q, "k": view.k, "v": view.v, "q_positions": new.positions,
-        "kv_positions": view.positions, "q_segments": q_segments, "kv_segments": view.segments,
-        "pages": view.pages, "selected": view.selected, "mask": mask,
-    }  # fmt: skip
-    shown = _admitted(rule, new.positions, q_segments, view.positions, view.segments)
-    if mask is not None:
-        shown &= mask
-    attend = functools.partial(
-        partial_decode_attention, rule=rule, scale=heads.scale, softcap=heads.softcap,
-        impl=None if impl == "gpu" else impl,
-    )  # fmt: skip
-    pool = _POOL if view.pages is None else (None, *_POOL[1:])
-    part = per_device(
-        attend,
-        axes=_AXES | {"k": pool, "v": pool},
-        out=(_HEADS, _HEADS[:3]),
-        **{name: array for name, array in arrays.items() if array is not None},
-    )
-    return part, _count(shown, view.selected)
-
-
-def _count(shown: Bool[Array, "B T S"], selected: Int[Array, "B L M"] | None) -> Float[Array, " B"]:
-    """Pairs of a row: what is shown, of what is selected where something is."""
-    if selected is None:
-        return jnp.sum(shown, axis=(1, 2), dtype=jnp.float32)
-    readers = jnp.sum(shown, axis=1, dtype=jnp.float32)[:, None]
-    readers = jnp.broadcast_to(readers, (*selected.shape[:2], shown.shape[2]))
-    read = jnp.take_along_axis(readers, jnp.maximum(selected, 0), axis=2)
-    return jnp.mean(jnp.sum(jnp.where(selected >= 0, read, 0), axis=2), axis=1)
-
-
-def _admitted(
-    rule: MaskRule,
-    q_positions: Int[Array, "B T"],
-    q_segments: Int[Array, "B T"],
-    kv_positions: Int[Array, "B S"],
-    kv_segments: Int[Array, "B S"],
-) -> Bool[Array, "B T S"]:
-    return rule(
-        q_positions[:, :, None], kv_positions[:, None], q_segments[:, :, None], kv_segments[:, None]
-    )
-
-
-def _by_heads(
-    view: CacheView,
-    new: Entries,
-    q_segments: Int[Array, "B T"],
-    heads: Heads,
-    rule: MaskRule,
-    impl: Impl | None,
-) -> tuple[Partial, Float[Array, " B"]]:
-    """Key heads with entries of their own, as rows of their own."""
-    batch, length = q_segments.shape
-    count, groups = heads.num_kv_heads, heads.num_heads // heads.num_kv_heads
-
-    def rows(x: Array) -> Array:
-        return x.reshape(batch * count, *x.shape[2:])
-
-    def queries(x: Array) -> Array:
-        return rows(jnp.repeat(x[:, None], count, axis=1))
-
-    q = view.q.reshape(batch, length, count, groups, -1)
-    q, k, v = rows(jnp.moveaxis(q, 2, 1)), rows(view.k)[:, None], rows(view.v)[:, None]
-    if view.bias is not None:
-        q, k, v = _with_bias(q, k, v, rows(view.bias)[:, None], heads)
-    flat = CacheView(q, k, v, rows(view.positions), rows(view.segments))
-    several = new._replace(positions=queries(new.positions), segments=queries(q_segments))
-    (out, log_sum_exp), pairs = over_view(flat, several, heads, rule, impl)
-
-    def whole(x: Array) -> Array:
-        x = jnp.moveaxis(x.reshape(batch, count, length, groups, *x.shape[3:]), 1, 2)
-        return x.reshape(batch, length, count * groups, *x.shape[4:])
-
-    part = whole(out[..., : view.v.shape[-1]]), whole(log_sum_exp)
-    return part, jnp.mean(pairs.reshape(batch, count), axis=1)
-
-
-def _with_bias(
-    q: Float[Array, "B T G E"],
-    k: Float[Array, "B 1 S E"],
-    v: Float[Array, "B 1 S E"],
-    bias: Float[Array, "B 1 S"],
-    heads: Heads,
-) -> tuple[Float[Array, "B T G F"], Float[Array, "B 1 S F"], Float[Array, "B 1 S F"]]:
-    """``scale · (q · k) + bias`` as a product with one more column."""
-    if heads.softcap is not None:
-        raise ValueError("scores with a soft-cap take no bias")
-    one = jnp.full((*q.shape[:-1], 1), 1 / heads.scale)
-    q = jnp.concatenate([q.astype(jnp.float32), one], axis=-1)
-    k = jnp.concatenate([k.astype(jnp.float32), bias[..., None]], axis=-1)
-    v = jnp.concatenate([v.astype(jnp.float32), jnp.zeros_like(bias)[..., None]], axis=-1)
-    return q, k, v
 
 
 class Cache(flax.struct.PyTreeNode):

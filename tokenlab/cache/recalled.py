@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.block_sparse_attention import Causal
 from kernels_pallas.decode_attention import partial_decode_attention
+from tokenlab.cache.attending import over_view
 from tokenlab.cache.base import Entries, Heads, Reading
-from tokenlab.cache.layers import over_view
 from tokenlab.core.arrays import Array, Float
 
 

@@ -17,8 +17,9 @@ from tokenlab.core.errors import UserError
 class RingCache(CachePolicy):
     """Keeps the newest tokens: position p lies in slot ``p % budget``.
 
-    What a query sees of them is the model's own mask rule: with ``SlidingWindow(size=budget)``
-    decoding equals the full cache's. Tokens of one pass see each other whatever the budget.
+    Of a row that leaves out positions, these are the tokens at the newest ``budget`` of them. What
+    a query sees is the model's own mask rule: with ``SlidingWindow(size=budget)`` decoding equals
+    the full cache's. Tokens of one pass see each other whatever the budget.
 
     Attributes:
         budget: tokens kept in a layer.
@@ -119,4 +120,7 @@ def _write(state: Slots, new: Entries, *, sinks: int) -> Slots:
     last = jnp.max(jnp.where(new.segments > 0, new.positions, -1), axis=1, keepdims=True)
     slots = jnp.where(new.positions < sinks, new.positions, sinks + (new.positions - sinks) % ring)
     kept = (new.positions < sinks) | (new.positions > last - ring)
-    return state.write(new, jnp.where(kept, slots, -1))
+    state = state.write(new, jnp.where(kept, slots, -1))
+    # Where a row leaves out positions, nothing has overwritten what is too old.
+    old = (state.positions >= sinks) & (state.positions <= last - ring)
+    return state.replace(positions=jnp.where(old, -1, state.positions))

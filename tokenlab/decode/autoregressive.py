@@ -21,7 +21,7 @@ from tokenlab.decode.base import Decoder, Generation, OnTokens, bucket, padded
 from tokenlab.decode.passes import Spent, begin, ledger, logits_of, read
 from tokenlab.decode.processors import History, Processor
 from tokenlab.decode.samplers import Categorical, Sampler
-from tokenlab.models import Transformer, unrolled
+from tokenlab.models import Transformer, for_decoding
 
 Static = tuple[Transformer, "Autoregressive"]
 
@@ -99,7 +99,7 @@ class _Run:
         prompts: Sequence[Sequence[int]],
         key: PRNGKeyArray,
     ) -> None:
-        model, self.params = unrolled(cast(Transformer, view.model), view.params)
+        model, self.params = for_decoding(cast(Transformer, view.model), view.params)
         self.static: Static = (model, decoder)
         self.prompts, self.new = prompts, decoder.max_new_tokens
         width = bucket(max(len(prompt) for prompt in prompts))

@@ -21,7 +21,7 @@ from tokenlab.decode.base import Decoder, Generation, OnTokens, bucket, padded
 from tokenlab.decode.passes import Spent, begin, ledger_of, logits_of, read
 from tokenlab.decode.processors import History, Processor
 from tokenlab.decode.samplers import Greedy
-from tokenlab.models import Transformer, unrolled
+from tokenlab.models import Transformer, for_decoding
 
 _NEVER = -1e30
 
@@ -103,7 +103,7 @@ class BeamSearch(Decoder):
     ) -> Generation:
         """See :meth:`Decoder.__call__`; nothing is drawn, and nothing shown before the end."""
         self._check(view, prompts)
-        model, params = unrolled(cast(Transformer, view.model), view.params)
+        model, params = for_decoding(cast(Transformer, view.model), view.params)
         if jax.tree.leaves(Greedy(processors=self.processors).init(batch=1)):
             raise UserError("a processor keeps a state, which beam search does not reorder")
         lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)

@@ -58,8 +58,8 @@ class Spent(flax.struct.PyTreeNode):
 def nothing_spent(model: Transformer) -> Spent:
     """Before the first pass."""
     zero = jnp.float32(0)
-    applications = len(model.depth.cached_layers(model.num_layers))
-    return Spent(jnp.zeros(applications), zero, zero, zero, zero)
+    applications = model.depth.projects(model.num_layers)
+    return Spent(jnp.zeros(len(applications)), zero, zero, zero, zero)
 
 
 def ledger(

@@ -19,7 +19,7 @@ from tokenlab.core.errors import UserError
 from tokenlab.core.ledger import Ledger
 from tokenlab.decode.base import bucket, check_prompts, padded
 from tokenlab.decode.passes import Spent, ledger_of, logits_of, prefill, read
-from tokenlab.models import Transformer, unrolled
+from tokenlab.models import Transformer, for_decoding
 
 Static = tuple[Transformer, CachePolicy, int | None, int]
 # Log-probability of each token, whether it is the likeliest, and the state that predicts it.
@@ -86,7 +86,7 @@ def score_continuation(
     Raises:
         UserError: a decoder would refuse the prompts, or a continuation is missing or empty.
     """
-    model, params = unrolled(cast(Transformer, view.model), view.params)
+    model, params = for_decoding(cast(Transformer, view.model), view.params)
     if len(prompts) != len(continuations) or not all(continuations):
         raise UserError("give every prompt a continuation of at least one token")
     for name, value in (("chunk", chunk), ("prefill_chunk", prefill_chunk)):

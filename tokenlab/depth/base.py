@@ -23,11 +23,17 @@ class DepthTrace:
         depth: block applications each token went through; 0 for padding.
         active: which tokens went through each of the R applications.
         aux: named auxiliary losses, to be weighed by the objective.
+        read: which tokens of the pass each application could read; None where only active ones.
     """
 
     depth: Int[Array, "B T"]
     active: Bool[Array, "R B T"]
     aux: dict[str, Weighted] = flax.struct.field(default_factory=dict)
+    read: Bool[Array, "R B T"] | None = None
+
+    def tokens_read(self) -> Bool[Array, "R B T"]:
+        """``read``, spelt out."""
+        return self.active if self.read is None else self.read
 
 
 @runtime_checkable
@@ -80,6 +86,11 @@ class DepthProgram(nn.Module, abc.ABC):
         Raises:
             UserError: the program does not decode with a cache.
         """
+
+    @nn.nowrap
+    def projects(self, num_layers: int) -> tuple[bool, ...]:
+        """Whether tokens get keys and values of their own, for each of the R applications."""
+        return (True,) * num_layers
 
     @nn.nowrap
     def causal_twin(self) -> DepthProgram:

@@ -7,11 +7,12 @@ import dataclasses
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokenlab.cache import Cache
-from tokenlab.core.arrays import Hidden, Positions, Segments
+from tokenlab.cache import Picked
+from tokenlab.core.arrays import Array, Bool, Hidden, Positions, Segments
 from tokenlab.core.weighted import Weighted
-from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
-from tokenlab.depth.recursive import Recursive, trace_of
+from tokenlab.depth.base import DepthProgram, DepthTrace
+from tokenlab.depth.loop_keys import LoopKeys
+from tokenlab.depth.recursive import Recursive, SharedLayers
 from tokenlab.routing import ExpertChoiceRouter, Route, Router
 
 
@@ -20,7 +21,13 @@ class MixtureOfRecursions(Recursive):
 
     ``H[I_r] += g_r * F(H[I_r])`` with ``I_0`` all tokens, ``|I_r| = max(1, floor(c_r S))`` and
     ``c_r = (N - r + 1) / N``. F is the shared layers with their own residual stream; its attention
-    is causal among ``I_r``, at the tokens' own positions. Tokens not kept are left as they are.
+    is causal at the tokens' own positions: with ``keys="recursion_wise"`` among ``I_r``, otherwise
+    over ``I_1``, which is all tokens in training. Tokens not kept are left as they are.
+
+    Decoders run the causal twin. A token is appended to the caches of the recursions that it
+    enters, so those have holes; with ``"hybrid"`` every recursion keeps all of ``I_1``, under the
+    keys that it would read. A step computes all recursions of all rows and throws away what was
+    not entered; the ledger counts what was.
 
     ``trace.aux`` has each router's auxiliary losses, one entry per recursion; add them with
     ``AuxiliaryTerm(name="membership", coefficient=1e-3)``.
@@ -30,7 +37,10 @@ class MixtureOfRecursions(Recursive):
     Computation", 2025, arXiv:2507.10524.
 
     Differences from the paper: the capacity of a padded row is that of its tokens, padding left
-    out; recursion-wise keys and values only; no capacity warm-up; no cache yet.
+    out; no capacity warm-up. ``"hybrid"`` keeps a cache of each recursion, as many entries as at
+    full depth: in one cache that is overwritten, decoding would read keys of deeper recursions
+    than training did. ``"shared"`` computes the queries of routed tokens alone, where the released
+    code computes all and masks.
 
     Attributes:
         router: of each recursion, with parameters of its own.
@@ -38,25 +48,24 @@ class MixtureOfRecursions(Recursive):
 
     router: Router = ExpertChoiceRouter()
 
-    @nn.compact
-    def __call__(
+    @nn.nowrap
+    def causal_twin(self) -> DepthProgram:
+        """The same with the router's causal twin."""
+        return self.clone(router=self.router.causal_twin())
+
+    def _loop(
         self,
+        layers: list[nn.Module],
         x: Hidden,
-        block: Layers,
+        keys: LoopKeys,
         *,
-        num_layers: int,
         positions: Positions,
         segments: Segments,
-        cache: Cache | None = None,
-        train: bool = False,
-    ) -> tuple[Hidden, DepthTrace, Cache | None]:
-        """Runs the ends on all tokens and the loop on those that are kept."""
-        layers = self._layers(block, num_layers)
-        where = {"positions": positions, "segments": segments}
-        x = self._run(layers.first, x, **where, train=train)
-        valid = segments > 0
-        kept, routes = valid, []
-        tokens = jnp.sum(valid, axis=1)
+        train: bool,
+    ) -> tuple[Hidden, list[Route]]:
+        """Gathers the tokens that a recursion keeps, runs it, adds the gated result back."""
+        kept, routes = segments > 0, []
+        tokens = jnp.sum(kept, axis=1)
         for r in range(self.recursions):
             share, whole = self.recursions - r, self.recursions
             route = self.router.copy(parent=self, name=f"router_{r}")(
@@ -65,36 +74,24 @@ class MixtureOfRecursions(Recursive):
                 capacity=max(1, x.shape[1] * share // whole),
                 limit=jnp.minimum(tokens, jnp.maximum(1, tokens * share // whole)),
             )
-            x = self._recursion(layers.loop, x, route, **where, train=train)
+            picked = Picked(route.index, route.kept)
+            of = jnp.where(route.valid(), picked.gather(segments), 0)
+            y, after = self._run(
+                layers, route.gather(x), keys.given(r, picked),
+                positions=picked.gather(positions), segments=of, train=train,
+            )  # fmt: skip
+            keys.left(r, after)
+            x = route.scatter_add(x, y)
             kept = route.kept
             routes.append(route)
-        x = self._run(layers.last, x, **where, train=train)
-        trace = trace_of(valid, [route.kept for route in routes], layers)
-        aux = _stacked([route.aux for route in routes])
-        return x, dataclasses.replace(trace, aux=aux), None
+        return x, routes
 
-    @nn.nowrap
-    def causal_twin(self) -> DepthProgram:
-        """The same with the router's causal twin."""
-        return self.clone(router=self.router.causal_twin())
-
-    def _recursion(
-        self,
-        layers: list[nn.Module],
-        x: Hidden,
-        route: Route,
-        *,
-        positions: Positions,
-        segments: Segments,
-        train: bool,
-    ) -> Hidden:
-        """Gathers the kept tokens, runs the layers on them, adds the gated result back."""
-        picked = route.gather(x)
-        at = jnp.take_along_axis(positions, route.index, axis=1)
-        of = jnp.take_along_axis(segments, route.index, axis=1)
-        of = jnp.where(route.valid(), of, 0)
-        y = self._run(layers, picked, positions=at, segments=of, train=train)
-        return route.scatter_add(x, y)
+    def _trace(
+        self, valid: Bool[Array, "B T"], routes: list[Route], layers: SharedLayers
+    ) -> DepthTrace:
+        """And the routers' losses."""
+        trace = super()._trace(valid, routes, layers)
+        return dataclasses.replace(trace, aux=_stacked([route.aux for route in routes]))
 
 
 def _stacked(parts: list[dict[str, Weighted]]) -> dict[str, Weighted]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,6 +11,8 @@ from tokenlab.cache import Cache
 from tokenlab.core.arrays import Array, Bool, Hidden, Positions, Segments
 from tokenlab.core.errors import UserError
 from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
+from tokenlab.depth.loop_keys import KeySharing, LoopKeys
+from tokenlab.routing import Route
 
 Sharing = Literal["cycle", "middle_cycle"]
 
@@ -36,16 +38,24 @@ class Recursive(DepthProgram):
     keeps a first and a last layer of their own and loops over (L - 2) / N. Parameters do not grow
     with N at equal (L - 2) / N, because each layer is one module that is called again.
 
+    In recursion r a layer reads the keys and values that ``keys`` names: ``recursion_wise``, those
+    that the tokens of recursion r have in it; ``shared``, those of recursion 1, of which later ones
+    compute queries only; ``hybrid``, of each token those of the last recursion up to r that it
+    went through. Decoding keeps a cache of each recursion and layer, where keys are shared of each
+    layer, and computes the same function as one pass over the whole row.
+
     Reference: Bae et al., "Relaxed Recursive Transformers: Effective Parameter Sharing with
     Layer-wise LoRA", 2024, arXiv:2410.20672 (without its LoRA).
 
     Attributes:
         recursions: passes through the loop.
         sharing: which layers are shared.
+        keys: whose keys and values a recursion reads.
     """
 
     recursions: int = 3
     sharing: Sharing = "middle_cycle"
+    keys: KeySharing = "recursion_wise"
 
     @nn.compact
     def __call__(
@@ -59,21 +69,59 @@ class Recursive(DepthProgram):
         cache: Cache | None = None,
         train: bool = False,
     ) -> tuple[Hidden, DepthTrace, Cache | None]:
-        """Runs all tokens to the full depth."""
+        """Runs the ends on all tokens and the loop on those that come to each recursion."""
         layers = self._layers(block, num_layers)
-        order = layers.first + layers.loop * self.recursions + layers.last
-        x = self._run(order, x, positions=positions, segments=segments, train=train)
-        valid = segments > 0
-        return x, trace_of(valid, [valid] * self.recursions, layers), None
+        count = len(self.cached_layers(num_layers))
+        own = [None if cache is None else cache.layer(i) for i in range(count)]
+        ends = len(layers.first)
+        where = {"positions": positions, "segments": segments, "train": train}
+        x, first = self._run(layers.first, x, own[:ends], **where)
+        keys = LoopKeys(self.keys, own[ends : count - ends], layers=len(layers.loop))
+        x, routes = self._loop(layers.loop, x, keys, **where)
+        x, last = self._run(layers.last, x, own[count - ends :], **where)
+        if cache is not None:
+            cache = cache.after((*first, *keys.finished(), *last))
+        return x, self._trace(segments > 0, routes, layers), cache
 
     @nn.nowrap
     def cached_layers(self, num_layers: int) -> tuple[int, ...]:
-        """None yet."""
-        raise UserError(
-            f"{type(self).__name__} does not decode with a cache yet; evaluate the run instead"
+        """One cache of each recursion and layer, in order; of each layer where keys are shared."""
+        ends, loop = self._sizes(num_layers)
+        own = 1 if self.keys == "shared" else self.recursions
+        return (
+            *range(ends),
+            *[ends + i for _ in range(own) for i in range(loop)],
+            *range(num_layers - ends, num_layers),
         )
 
-    def _layers(self, block: Layers, num_layers: int) -> SharedLayers:
+    @nn.nowrap
+    def projects(self, num_layers: int) -> tuple[bool, ...]:
+        """Not from the second recursion on where keys are shared."""
+        ends, loop = self._sizes(num_layers)
+        later = (self.recursions - 1) * loop
+        return (True,) * (ends + loop) + (self.keys != "shared",) * later + (True,) * ends
+
+    def _loop(
+        self,
+        layers: list[nn.Module],
+        x: Hidden,
+        keys: LoopKeys,
+        *,
+        positions: Positions,
+        segments: Segments,
+        train: bool,
+    ) -> tuple[Hidden, list[Route]]:
+        """All recursions; and of each the tokens that came to it, or nothing where all did."""
+        for r in range(self.recursions):
+            x, after = self._run(
+                layers, x, keys.given(r, None), positions=positions, segments=segments, train=train
+            )
+            keys.left(r, after)
+        return x, []
+
+    @nn.nowrap
+    def _sizes(self, num_layers: int) -> tuple[int, int]:
+        """Layers at each end, and of a recursion."""
         ends = 1 if self.sharing == "middle_cycle" else 0
         looped = num_layers - 2 * ends
         if looped < self.recursions or looped % self.recursions:
@@ -81,12 +129,16 @@ class Recursive(DepthProgram):
                 f"num_layers {num_layers} under {self.sharing} leaves {looped} layers, which are "
                 f"not a multiple of recursions {self.recursions}; change one of them"
             )
+        return ends, looped // self.recursions
+
+    def _layers(self, block: Layers, num_layers: int) -> SharedLayers:
+        ends, loop = self._sizes(num_layers)
         if len(block.kinds()) > 1:
             raise UserError(
                 f"{type(self).__name__} shares layers of one kind, not {len(block.kinds())}; "
                 "give the model one block"
             )
-        names = [f"block_{i}" for i in range(looped // self.recursions)]
+        names = [f"block_{i}" for i in range(loop)]
         first, last = ["block_first"] * ends, ["block_last"] * ends
         return SharedLayers(
             *(
@@ -99,27 +151,33 @@ class Recursive(DepthProgram):
         self,
         layers: list[nn.Module],
         x: Hidden,
+        given: list[Any],
         *,
         positions: Positions,
         segments: Segments,
         train: bool,
-    ) -> Hidden:
-        """``x`` through ``layers`` in turn."""
+    ) -> tuple[Hidden, list[Any]]:
+        """``x`` through ``layers`` in turn, each with what it is ``given``, and that afterwards."""
 
-        def body(layer: nn.Module, x: Hidden) -> Hidden:
-            return layer(x, positions=positions, segments=segments, train=train)[0]
+        def body(layer: nn.Module, x: Hidden, own: Any) -> tuple[Hidden, Any]:
+            return layer(x, positions=positions, segments=segments, cache=own, train=train)
 
-        body = self._rematerialised(body)
-        for layer in layers:
-            x = body(layer, x)
-        return x
+        body, after = self._rematerialised(body), []
+        for layer, own in zip(layers, given, strict=True):
+            x, own = body(layer, x, own)
+            after.append(own)
+        return x, after
 
+    def _trace(
+        self, valid: Bool[Array, "B T"], routes: list[Route], layers: SharedLayers
+    ) -> DepthTrace:
+        """The trace of a loop whose recursions ran on the tokens of ``routes``, or on all."""
+        kept = [route.kept for route in routes] or [valid] * self.recursions
 
-def trace_of(
-    valid: Bool[Array, "B T"], kept: list[Bool[Array, "B T"]], layers: SharedLayers
-) -> DepthTrace:
-    """The trace of a loop whose recursion r ran on the tokens ``kept[r]``."""
-    masks = [valid] * len(layers.first)
-    masks += [mask for mask in kept for _ in layers.loop]
-    active = jnp.stack(masks + [valid] * len(layers.last))
-    return DepthTrace(depth=jnp.sum(active, axis=0), active=active)
+        def of(masks: list[Bool[Array, "B T"]]) -> Bool[Array, "R B T"]:
+            loop = [mask for mask in masks for _ in layers.loop]
+            return jnp.stack([valid] * len(layers.first) + loop + [valid] * len(layers.last))
+
+        active = of(kept)
+        read = None if self.keys == "recursion_wise" else of(kept[:1] * self.recursions)
+        return DepthTrace(depth=jnp.sum(active, axis=0), active=active, read=read)

@@ -12,18 +12,22 @@ from flax import linen as nn
 
 from kernels_pallas.block_sparse_attention import Causal, MaskRule, block_sparse_attention
 from tokenlab.attention import PrefillAttention, Prefilled
-from tokenlab.cache import Entries, Heads, LayerCache
+from tokenlab.cache import Entries, Heads, LayerCache, SharedKeys
 from tokenlab.cache.layers import Shares
-from tokenlab.core.arrays import Array, Bool, Float, Hidden, Positions, Scalar, Segments
+from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int, Positions, Scalar, Segments
 from tokenlab.core.errors import UserError
 from tokenlab.core.per_device import per_device
 from tokenlab.models.layers import Linear, RMSNorm, Rotary, RotaryScaling
+
+# What a layer may be given to read beside the tokens themselves.
+Memory = LayerCache | SharedKeys
 
 _HEADS, _ROWS = ("batch", None, "heads", None), ("batch", None)
 # Whole sequences on every device: a query may see any key.
 _AXES = {name: _HEADS for name in ("q", "k", "v")} | {
     name: _ROWS for name in ("q_positions", "kv_positions", "q_segments", "kv_segments")
 }
+_BLOCK = 128
 
 
 class Mixer(nn.Module, abc.ABC):
@@ -36,13 +40,18 @@ class Mixer(nn.Module, abc.ABC):
         *,
         positions: Positions,
         segments: Segments,
-        cache: LayerCache | None = None,
-    ) -> tuple[Hidden, LayerCache | None]:
+        cache: Memory | None = None,
+    ) -> tuple[Hidden, Memory | None]:
         """The mixed tokens and the cache with theirs appended."""
 
     @abc.abstractmethod
-    def flops(self, dim: int) -> int:
-        """Floating-point operations of the projections, per token of a width-D stream."""
+    def flops(self, dim: int, *, projects: bool = True) -> int:
+        """Floating-point operations of the projections, per token of a width-D stream.
+
+        Args:
+            dim: width D.
+            projects: whether tokens get keys and values of their own.
+        """
 
     @abc.abstractmethod
     def flops_per_pair(self, dim: int) -> int:
@@ -50,9 +59,14 @@ class Mixer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def pairs(
-        self, *, active: Bool[Array, "R B T"], positions: Positions, segments: Segments
+        self,
+        *,
+        active: Bool[Array, "R B T"],
+        read: Bool[Array, "R B T"],
+        positions: Positions,
+        segments: Segments,
     ) -> Scalar:
-        """Admitted query-key pairs over all R applications, float32."""
+        """Query-key pairs over all R applications, float32: active tokens with those they read."""
 
 
 class Attention(Mixer):
@@ -122,26 +136,32 @@ class Attention(Mixer):
         *,
         positions: Positions,
         segments: Segments,
-        cache: LayerCache | None = None,
-    ) -> tuple[Hidden, LayerCache | None]:
+        cache: Memory | None = None,
+    ) -> tuple[Hidden, Memory | None]:
         """Attends within segments, over the cache where one is given.
 
         Args:
             x: normalised residual stream.
             positions: position of each token in its document.
             segments: 0 for padding.
-            cache: this layer's cache; then rows hold one segment each.
+            cache: this layer's cache; then rows hold one segment each. Or the keys and values that
+                it shares with earlier applications.
+
+        Raises:
+            UserError: keys are shared, and ``prefill`` would leave out some of them.
         """
         heads = self.heads(x.shape[-1])
-        new = Entries(
-            q=self._project(x, self.num_heads, heads.width, "q", self.qk_norm),
-            k=self._project(x, self.num_kv_heads, heads.width, "k", self.qk_norm),
-            v=self._project(x, self.num_kv_heads, heads.width, "v", None),
-            positions=positions,
-            segments=segments,
-        )
-        if cache is None:
-            out = self._within(new, heads)
+        q = self._project(x, self.num_heads, heads.width, "q", self.qk_norm)
+        if isinstance(cache, SharedKeys) and not cache.projects:
+            k, v = cache.own()
+        else:
+            k = self._project(x, self.num_kv_heads, heads.width, "k", self.qk_norm)
+            v = self._project(x, self.num_kv_heads, heads.width, "v", None)
+        new = Entries(q=q, k=k, v=v, positions=positions, segments=segments)
+        if isinstance(cache, SharedKeys):
+            out, cache = self._over_shared(new, cache, heads)
+        elif cache is None:
+            out = self._within(new, new, heads)
         else:
             first = None if self.prefill is None else self._prefilled
             out, cache = cache.attend(new, rule=self.rule, impl=self.impl, first=first)
@@ -172,8 +192,46 @@ class Attention(Mixer):
         )
         return found.out, pairs, {"prefill_density": density, "prefill_visited": visited}
 
-    def _within(self, new: Entries, heads: Heads) -> Float[Array, "B T H E"]:
-        q, k = (heads.rotate(x, positions=new.positions) for x in (new.q, new.k))
+    def _over_shared(
+        self, new: Entries, shared: SharedKeys, heads: Heads
+    ) -> tuple[Float[Array, "B C H E"], SharedKeys]:
+        """The tokens that come over all whose keys are shared, and over a cache if there is one."""
+        if self.prefill is not None:
+            raise UserError(
+                f"{type(self.prefill).__name__} selects keys for all tokens of a prompt, and some "
+                "of them come where keys are shared: set prefill=None, or keys='recursion_wise'"
+            )
+        shared = shared.joined(new)
+        if shared.cache is not None:
+            return shared.attend(new, rule=self.rule, impl=self.impl)
+        keys = shared.entries
+        assert keys is not None
+        if shared.picked is None:
+            return self._within(new, keys, heads), shared
+        return self._within(new, keys, heads, blocks=self._blocks(new, keys)), shared
+
+    def _blocks(self, new: Entries, keys: Entries) -> Int[Array, "B Q N"]:
+        """Blocks of keys of which a block of queries sees any; -1 in the place of others."""
+        shown = self.rule(
+            new.positions[:, :, None], keys.positions[:, None],
+            new.segments[:, :, None], keys.segments[:, None],
+        )  # fmt: skip
+        rows, columns = (-size % _BLOCK for size in shown.shape[1:])
+        shown = jnp.pad(shown, ((0, 0), (0, rows), (0, columns)))
+        shape = (len(shown), shown.shape[1] // _BLOCK, _BLOCK, shown.shape[2] // _BLOCK, _BLOCK)
+        listed = jnp.any(shown.reshape(shape), axis=(2, 4))
+        return jnp.where(listed, jnp.arange(shape[3], dtype=jnp.int32)[None, None], -1)
+
+    def _within(
+        self,
+        new: Entries,
+        keys: Entries,
+        heads: Heads,
+        blocks: Int[Array, "B Q N"] | None = None,
+    ) -> Float[Array, "B T H E"]:
+        """Attention of ``new`` over ``keys``, of those ``blocks`` where they are given."""
+        q = heads.rotate(new.q, positions=new.positions)
+        k = heads.rotate(keys.k, positions=keys.positions)
         # For calibration; kept only where asked for.
         self.sow("intermediates", "queries", q)
         self.sow("intermediates", "keys", k)
@@ -189,42 +247,51 @@ class Attention(Mixer):
             rule=self.rule,
             scale=heads.scale,
             softcap=heads.softcap,
+            block_shape=(_BLOCK, _BLOCK),
             impl=self.impl,
         )
+        listed = {} if blocks is None else {"blocks": blocks}
         return per_device(
             attend,
-            axes=_AXES,
+            axes=_AXES | {"blocks": ("batch", None, None)},
             out=_HEADS,
             q=q,
             k=k,
-            v=new.v,
+            v=keys.v,
             q_positions=new.positions,
-            kv_positions=new.positions,
+            kv_positions=keys.positions,
             q_segments=new.segments,
-            kv_segments=new.segments,
+            kv_segments=keys.segments,
+            **listed,
         )
 
-    def flops(self, dim: int) -> int:
-        """Queries, keys, values and output."""
-        return 2 * 2 * dim * self.width(dim) * (self.num_heads + self.num_kv_heads)
+    def flops(self, dim: int, *, projects: bool = True) -> int:
+        """Queries and output, and keys and values where tokens get them."""
+        heads = self.num_heads + (self.num_kv_heads if projects else 0)
+        return 2 * 2 * dim * self.width(dim) * heads
 
     def flops_per_pair(self, dim: int) -> int:
         """One product for the score and one for the value, in every query head."""
         return 2 * 2 * self.num_heads * self.width(dim)
 
     def pairs(
-        self, *, active: Bool[Array, "R B T"], positions: Positions, segments: Segments
+        self,
+        *,
+        active: Bool[Array, "R B T"],
+        read: Bool[Array, "R B T"],
+        positions: Positions,
+        segments: Segments,
     ) -> Scalar:
-        """Counts what the mask rule admits among the tokens active in each application."""
+        """Counts what the mask rule admits in each application."""
 
-        def count(total: Scalar, active_BxT: Array) -> tuple[Scalar, None]:
-            seg = jnp.where(active_BxT, segments, 0)
+        def count(total: Scalar, masks: tuple[Array, Array]) -> tuple[Scalar, None]:
+            q_seg, kv_seg = (jnp.where(mask_BxT, segments, 0) for mask_BxT in masks)
             admitted = self.rule(
-                positions[:, :, None], positions[:, None, :], seg[:, :, None], seg[:, None, :]
+                positions[:, :, None], positions[:, None, :], q_seg[:, :, None], kv_seg[:, None, :]
             )
             return total + jnp.sum(admitted, dtype=jnp.float32), None
 
-        return jax.lax.scan(count, jnp.float32(0), active)[0]
+        return jax.lax.scan(count, jnp.float32(0), (active, read))[0]
 
     def _project(
         self, x: Hidden, count: int, width: int, name: str, norm: RMSNorm | None

@@ -7,16 +7,17 @@ from typing import Any, Literal, cast
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from tokenlab.cache import Cache, CachePolicy, LayerCache, Room
+from tokenlab.cache import Cache, CachePolicy, Room
 from tokenlab.core.arrays import Array, Float, Hidden, Logits, Positions, Segments, Tokens
 from tokenlab.core.ledger import Ledger
 from tokenlab.core.parameters import parameter
 from tokenlab.core.projection import SharedRows
 from tokenlab.depth import DepthProgram, DepthTrace, Sequential
-from tokenlab.models.attention import Attention, Mixer
+from tokenlab.models.attention import Attention, Memory, Mixer
 from tokenlab.models.heads import Head, TiedHead
 from tokenlab.models.layers import FeedForward, RMSNorm, SwiGLU
 
@@ -50,9 +51,9 @@ class Block(nn.Module):
         *,
         positions: Positions,
         segments: Segments,
-        cache: LayerCache | None = None,
+        cache: Memory | None = None,
         train: bool = False,
-    ) -> tuple[Hidden, LayerCache | None]:
+    ) -> tuple[Hidden, Memory | None]:
         """One layer; returns the stream and the layer's new cache."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
         normed = self.norm.copy(parent=self, name="mixer_norm")(x)
@@ -200,6 +201,7 @@ class Transformer(nn.Module):
             [
                 kind.mixer.pairs(
                     active=trace.active[number :: len(kinds)],
+                    read=trace.tokens_read()[number :: len(kinds)],
                     positions=positions,
                     segments=segments,
                 )
@@ -226,11 +228,14 @@ class Transformer(nn.Module):
             pairs: query-key pairs of each application, ``[R]``, or of each kind of layer.
         """
         kinds = self.block.kinds()
+        shares = ~np.asarray(self.depth.projects(self.num_layers))
         total = 0.0
         for number, kind in enumerate(kinds):
-            per_token = kind.mixer.flops(self.dim) + kind.feedforward.flops(self.dim)
-            total += runs[number :: len(kinds)].sum() * per_token
+            mine, projections = runs[number :: len(kinds)], kind.mixer.flops(self.dim)
+            total += mine.sum() * (projections + kind.feedforward.flops(self.dim))
             total += pairs[number :: len(kinds)].sum() * kind.mixer.flops_per_pair(self.dim)
+            saved = projections - kind.mixer.flops(self.dim, projects=False)
+            total -= mine[shares[number :: len(kinds)]].sum() * saved
         return total
 
     @nn.nowrap
@@ -259,6 +264,11 @@ class Transformer(nn.Module):
             if not isinstance(mixer, Attention):
                 raise ValueError(f"{type(mixer).__name__} keeps no keys and values to cache")
         return tuple(cast(list[Attention], mixers))
+
+
+def for_decoding(model: Transformer, params: PyTree) -> tuple[Transformer, PyTree]:
+    """The causal twin, unrolled: what a decoder runs of a model."""
+    return unrolled(model.causal_twin(), params)
 
 
 def unrolled(model: Transformer, params: PyTree) -> tuple[Transformer, PyTree]:

@@ -25,7 +25,7 @@ from tokenlab.decode.samplers import Categorical, Sampler
 from tokenlab.decode.speculative.drafters import Draft, Drafter, Outcome, path_histories
 from tokenlab.decode.speculative.tree import Tree
 from tokenlab.decode.speculative.verify import RecursiveRejection, Verifier
-from tokenlab.models import Transformer, unrolled
+from tokenlab.models import Transformer, for_decoding
 
 
 class _State(flax.struct.PyTreeNode):
@@ -83,7 +83,7 @@ class Speculative(Decoder):
                 "a processor of the sampler keeps a state, which speculation cannot take back; "
                 "decode with Autoregressive"
             )
-        model, params = unrolled(cast(Transformer, view.model), view.params)
+        model, params = for_decoding(cast(Transformer, view.model), view.params)
         source = self.drafter.source(view, others or {})
         draft_model = None if source is None else cast(Transformer, source.model)
         draft_params = None if source is None else source.params

@@ -22,7 +22,7 @@ from tokenlab.decode.processors import History
 from tokenlab.decode.samplers import Sampler
 from tokenlab.decode.speculative.tree import Tree, Verdict
 from tokenlab.depth import Sequential
-from tokenlab.models import Transformer, unrolled
+from tokenlab.models import Transformer, for_decoding
 
 
 class Draft(NamedTuple):
@@ -178,7 +178,7 @@ class ModelDrafter(Drafter):
                 f"view {self.view!r} has a vocabulary of {vocabulary}, the target one of "
                 f"{target.vocab_size}; a draft needs the target's tokenizer"
             )
-        model, params = unrolled(cast(Transformer, found.model), found.params)
+        model, params = for_decoding(cast(Transformer, found.model), found.params)
         return View(model=model, params=params)
 
     def begin(
@@ -278,7 +278,7 @@ def first_layers(view: View, count: int) -> View:
     Raises:
         UserError: the model has no more layers than that, or is no plain stack.
     """
-    model, params = unrolled(cast(Transformer, view.model), view.params)
+    model, params = for_decoding(cast(Transformer, view.model), view.params)
     if not isinstance(model.depth, Sequential):
         raise UserError(f"{type(model.depth).__name__} has no early exit; draft with a view")
     if not 1 <= count < model.num_layers:

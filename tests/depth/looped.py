@@ -1,0 +1,72 @@
+"""Looped models small enough to run in every way that there is, and inputs for them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from tokenlab.depth import MixtureOfRecursions, Recursive
+from tokenlab.models import LinearHead, llama
+
+VOCABULARY = 23
+KEYS = ("recursion_wise", "shared", "hybrid")
+PROGRAMS = {"all": Recursive, "routed": MixtureOfRecursions}
+
+
+def model_of(program="routed", keys="recursion_wise", *, recursions=3, layers=5, **rest):
+    """Grouped queries, and a layer of its own at each end."""
+    options = {"max_length": 64, "head": LinearHead()} | rest
+    mixer = options.pop("mixer", {})
+    network = llama(
+        vocab_size=VOCABULARY, dim=16, num_layers=layers, num_heads=4, num_kv_heads=2,
+        hidden_dim=16, depth=PROGRAMS[program](recursions=recursions, keys=keys), **options,
+    )  # fmt: skip
+    block = network.block.clone(mixer=network.block.mixer.clone(**mixer))
+    return network.clone(block=block)
+
+
+@functools.cache
+def params_of(model, seed=0, scale=0.3):
+    """Random ones, so large that routers differ from each other."""
+    tokens = jnp.zeros((1, 4), int)
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), tokens, positions=tokens, segments=tokens + 1)
+    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(scale=scale, size=leaf.shape), jnp.float32),
+        nn.meta.unbox(shapes["params"]),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(model, params, tokens, positions, segments, cache=None):
+    """Logits, and what a pass gives."""
+    where = {"positions": positions, "segments": segments}
+    out = model.apply({"params": params}, tokens, cache=cache, **where)
+    return model.apply({"params": params}, out.hidden, method="logits"), out
+
+
+def ragged(lengths, width, seed=0):
+    """Tokens, positions and segments of rows with padding behind them."""
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, (len(lengths), width))
+    positions = np.tile(np.arange(width), (len(lengths), 1))
+    segments = (positions < np.asarray(lengths)[:, None]).astype(int)
+    return tuple(jnp.asarray(x, jnp.int32) for x in (tokens, positions, segments))
+
+
+def read(model, params, policy, batch, sizes, *, capacity=None):
+    """Logits of all tokens, read in passes of ``sizes`` over a cache, and the last pass."""
+    tokens, positions, segments = batch
+    capacity = capacity or tokens.shape[1]
+    cache, start, found = model.empty_cache(policy, batch=len(tokens), capacity=capacity), 0, []
+    for size in sizes:
+        part = slice(start, start + size)
+        logits, out = run(
+            model, params, tokens[:, part], positions[:, part], segments[:, part], cache
+        )
+        found.append(np.asarray(logits))
+        cache, start = out.cache, start + size
+    return np.concatenate(found, axis=1), out
