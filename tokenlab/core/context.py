@@ -83,12 +83,14 @@ class Context:
         if view not in self._outputs:
             batch = self.batch
             rngs = {} if self._key is None else {"dropout": stream(self._key, "dropout")}
+            given = {"prompt": batch["prompt"]} if "prompt" in batch else {}
             self._outputs[view] = self._views[view](
                 batch["tokens"],
                 positions=batch["positions"],
                 segments=batch["segments"],
                 train=self.train,
                 rngs=rngs,
+                **given,
             )
         return self._outputs[view]
 

@@ -14,7 +14,16 @@ from kernels_pallas.block_sparse_attention import Causal, MaskRule, block_sparse
 from tokenlab.attention import PrefillAttention, Prefilled
 from tokenlab.cache import Entries, Heads, LayerCache
 from tokenlab.cache.layers import Shares
-from tokenlab.core.arrays import Array, Bool, Float, Hidden, Positions, Scalar, Segments
+from tokenlab.core.arrays import (
+    Array,
+    Bool,
+    Float,
+    Hidden,
+    Positions,
+    Prompt,
+    Scalar,
+    Segments,
+)
 from tokenlab.core.errors import UserError
 from tokenlab.core.per_device import per_device
 from tokenlab.models.layers import Linear, RMSNorm, Rotary, RotaryScaling
@@ -37,8 +46,13 @@ class Mixer(nn.Module, abc.ABC):
         positions: Positions,
         segments: Segments,
         cache: LayerCache | None = None,
+        prompt: Prompt | None = None,
     ) -> tuple[Hidden, LayerCache | None]:
         """The mixed tokens and the cache with theirs appended."""
+
+    @abc.abstractmethod
+    def heads(self, dim: int) -> Heads:
+        """How the heads score in a model of width ``dim``: what a cache is told."""
 
     @abc.abstractmethod
     def flops(self, dim: int) -> int:
@@ -104,7 +118,7 @@ class Attention(Mixer):
         return self.head_dim or dim // self.num_heads
 
     def heads(self, dim: int) -> Heads:
-        """How the heads score in a model of width ``dim``: what a cache is told."""
+        """The query and key heads, and how they are turned."""
         width = self.width(dim)
         return Heads(
             num_heads=self.num_heads,
@@ -123,6 +137,7 @@ class Attention(Mixer):
         positions: Positions,
         segments: Segments,
         cache: LayerCache | None = None,
+        prompt: Prompt | None = None,
     ) -> tuple[Hidden, LayerCache | None]:
         """Attends within segments, over the cache where one is given.
 
@@ -131,6 +146,7 @@ class Attention(Mixer):
             positions: position of each token in its document.
             segments: 0 for padding.
             cache: this layer's cache; then rows hold one segment each.
+            prompt: not read; the rule says who sees whom.
         """
         heads = self.heads(x.shape[-1])
         new = Entries(
