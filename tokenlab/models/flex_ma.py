@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +104,7 @@ class FlexMA(nn.Module):
         return q, k, v, log_decay
 
 
-def _log_rates(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, " H"]:
+def _log_rates(key: Array, shape: tuple[int, ...], dtype: Any) -> Float[Array, " H"]:
     """Rates at which heads forget :data:`_FORGOTTEN` of the state where ``w x + b`` is zero."""
     forgotten = np.geomspace(*_FORGOTTEN, shape[0])
     return jnp.asarray(np.log(-np.log1p(-forgotten) / math.log(2)), dtype)
