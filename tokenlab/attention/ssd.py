@@ -83,6 +83,9 @@ def ssd(
         for each in (*row[:4], runs)
     )
     first = (state.astype(jnp.float32), jnp.zeros((batch,), runs.dtype))
+    if length <= chunk:  # without a loop, which takes long to compile
+        (state, _), y = _chunk(first, tuple(each[0] for each in chunks))
+        return y, state
     (state, _), y = jax.lax.scan(_chunk, first, chunks)
     y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, *y.shape[3:])
     return y[:, :length], state

@@ -74,7 +74,7 @@ class Grid:
         ]
         begins = [range(-s, n, w) for s, n, w in zip(shifts, self.shape, sizes, strict=True)]
         corners = np.asarray(list(itertools.product(*begins)))
-        offsets = np.stack(np.indices(sizes), axis=-1).reshape(-1, 3)
+        offsets = np.moveaxis(np.indices(sizes), 0, -1).reshape(-1, 3)
         places = corners[:, None] + offsets[None]
         inside = np.all((places >= 0) & (places < np.asarray(self.shape)), axis=-1)
         flat = np.ravel_multi_index(tuple(np.moveaxis(places, -1, 0)), self.shape, mode="clip")

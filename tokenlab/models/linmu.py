@@ -235,6 +235,7 @@ def with_teacher(params: PyTree, teacher: PyTree) -> PyTree:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         for branch in ("/flex/", "/local/softmax/"):
             name = name.replace(branch, "/")
-        return theirs.get(name, leaf)
+        # Copies, as training gives its buffers up.
+        return jnp.copy(theirs.get(name, leaf))
 
     return jax.tree_util.tree_map_with_path(taken, params)

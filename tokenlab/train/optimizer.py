@@ -124,8 +124,8 @@ class Optimizer(abc.ABC):
         moving = self.moving(schedule)
         if self.trained == ("*",):
             return moving
-        parts = {"trained": moving, "frozen": optax.set_to_zero()}
-        return optax.partition(parts, functools.partial(_trained_or_frozen, self.trained))
+        labels = functools.partial(_trained_or_frozen, self.trained)
+        return optax.partition({"trained": moving, "frozen": optax.set_to_zero()}, labels)
 
     @abc.abstractmethod
     def moving(self, schedule: optax.Schedule) -> optax.GradientTransformation:

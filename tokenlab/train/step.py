@@ -126,11 +126,20 @@ class Trainer:
             state.replace(step=copied, params=placed, opt_state=opt_state, ema=ema),
         )
 
-    def init(self) -> TrainState:
-        """The first state, created in place on its devices."""
+    def init(self, params: PyTree | None = None) -> TrainState:
+        """The first state, created in place on its devices.
+
+        Args:
+            params: parameters to start from, which the first step gives up; None draws them.
+        """
         out = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         with placed_on(self.mesh):
-            return jax.jit(self._first, out_shardings=out)()
+            state = jax.jit(self._first, out_shardings=out)()
+            if params is None:
+                return state
+            params = jax.device_put(params, out.params)
+            ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
+            return state.replace(params=params, ema=ema)
 
     def put(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """This process's rows as global device arrays."""
