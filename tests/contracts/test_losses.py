@@ -21,6 +21,7 @@ from tokenlab.objectives import (
     NextToken,
     Objective,
     SmoothedNextToken,
+    TeacherKL,
     Term,
     TokenLoss,
     TokenWeights,
@@ -37,6 +38,13 @@ def log_z(logits):
 
 def nats(logits, targets):
     return log_z(logits) - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def relative_entropy(logits, targets):
+    """From the teacher, whose logits are of the batch that all oracles are asked about."""
+    theirs = logits_of(teacher_parameters(), batch_of()["tokens"])
+    ours, theirs = (each - log_z(each)[..., None] for each in (logits, theirs))
+    return (np.exp(theirs) * (theirs - ours)).sum(axis=-1)
 
 
 def smoothed(logits, targets, share=0.3):
@@ -58,6 +66,7 @@ class Row:
 LOSSES = {
     NextToken: Row(NextToken(), nats, paper=False),
     SmoothedNextToken: Row(SmoothedNextToken(smoothing=0.3), smoothed),
+    TeacherKL: Row(TeacherKL(), relative_entropy),
     ZLoss: Row(ZLoss(), lambda logits, targets: log_z(logits) ** 2),
 }
 WEIGHTS = {AllTokens: (AllTokens(), False)}
@@ -128,12 +137,18 @@ def parameters():
     return {"embedding": embedding, "head": {"kernel": kernel}}
 
 
+def teacher_parameters():
+    return jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), parameters())
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def evaluate(network, loss, params, batch):
     """Values of every position, the sums of the term, and the gradient of its mean."""
 
     def mean(params):
-        context = Context(batch=batch, views={"policy": View(model=network, params=params)})
+        teacher = View(model=network, params=teacher_parameters())
+        views = {"policy": View(model=network, params=params), "teacher": teacher}
+        context = Context(batch=batch, views=views)
         sums = Objective(terms={"it": Term(loss=loss)})(context)["it"]
         return sums.mean(), (loss(context), sums)
 

@@ -1,5 +1,6 @@
 """Every schedule in closed form, and the optimiser against a NumPy transcription."""
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from flax import linen as nn
 
 from tokenlab import config
 from tokenlab.core.duration import Clock, Fraction, Tokens
+from tokenlab.core.errors import UserError
 from tokenlab.depth import Sequential
 from tokenlab.models import llama
 from tokenlab.train import optimizer
@@ -277,3 +279,35 @@ def test_muon_equals_the_published_update_and_leaves_the_rest_to_adamw(shape):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found[Muon], found[AdamW]
     )
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize("member", [AdamW, Muon])
+def test_what_is_not_trained_stays_and_the_rest_moves_as_if_alone(member):
+    rng = np.random.default_rng(0)
+
+    def tree():
+        return {
+            name: {"kernel": jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)}
+            for name in ("block_0", "block_1", "head")
+        }
+
+    params, gradient = tree(), tree()
+    part = member(learning_rate=Constant(peak=PEAK), trained=("block_*/kernel",))
+    transform = part.build(lambda count: PEAK)
+    state = transform.init(params)
+    updates, _ = jax.jit(transform.update)(gradient, state, params)
+    assert not np.any(updates["head"]["kernel"])
+    blocks, pushed = ({k: v for k, v in t.items() if k != "head"} for t in (params, gradient))
+    whole = member(learning_rate=Constant(peak=PEAK)).build(lambda count: PEAK)
+    expected, _ = jax.jit(whole.update)(pushed, whole.init(blocks), blocks)
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(updates[name]["kernel"], leaf["kernel"], rtol=1e-6)
+    # Nothing is kept for what is frozen.
+    kept = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert kept <= 2 * 2 * 16 + 8
+    assert config.load(config.dump(part)) == part
+    with pytest.raises(UserError, match=r"names no parameter by nothing/\*"):
+        dataclasses.replace(part, trained=("*", "nothing/*")).build(lambda _: PEAK).init(params)

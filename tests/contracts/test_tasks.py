@@ -12,12 +12,14 @@ import tokenlab.data.tasks
 from tokenlab.data.tasks.addition import Addition
 from tokenlab.data.tasks.associative_recall import AssociativeRecall
 from tokenlab.data.tasks.base import Task
+from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.pointer_chase import PointerChase
 
 TABLE = {
     PointerChase: ({"max_hops": 4}, {"values": 40}),
     Addition: ({"digits": 9}, {"reversed": True}),
     AssociativeRecall: ({"pairs": 30}, {"keys": 200}),
+    GridQuestions: ({"frames": 4}, {"questions": 3, "most_red": 12, "height": 5}),
 }
 MEMBERS = [
     pytest.param(member(**fields), id=f"{member.__name__}-{i}")

@@ -13,6 +13,7 @@ from tokenlab.core.errors import UserError
 from tokenlab.data.tasks.addition import Addition
 from tokenlab.data.tasks.alphabet import AlphabetTokenizer
 from tokenlab.data.tasks.associative_recall import AssociativeRecall
+from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.pointer_chase import PointerChase
 from tokenlab.data.tasks.source import TaskSource
 
@@ -40,7 +41,17 @@ recalls = st.integers(1, 12).flatmap(
         queries=st.integers(1, pairs),
     )
 )
-tasks = st.one_of(chases, additions, recalls)
+grids = st.builds(
+    GridQuestions,
+    frames=st.integers(1, 3),
+    height=st.integers(3, 5),
+    width=st.integers(3, 5),
+    landmarks=st.integers(1, 4),
+    colours=st.integers(6, 9),
+    most_red=st.integers(0, 5),
+    questions=st.integers(1, 4),
+)
+tasks = st.one_of(chases, additions, recalls, grids)
 seeds = st.integers(0, 2**40)
 
 
@@ -81,7 +92,38 @@ def slow_recall(prompt):
     return [(table[asked], len(pairs) - pairs.index(asked))]
 
 
+def slow_grid(task, prompt):
+    """Each patch with its frame, row and column; then what the question says in words."""
+    *patches, asked = prompt.split()
+    grid = {
+        place: int(patch[1:])
+        for place, patch in zip(
+            itertools.product(*map(range, (task.frames, task.height, task.width))),
+            patches,
+            strict=True,
+        )
+    }
+    marked = [colour for colour in grid.values() if colour >= task.colours]
+    plain = {place: colour % task.colours for place, colour in grid.items()}
+    assert len(marked) == 1
+    landmarks = {
+        colour: [place for place, other in plain.items() if other == colour]
+        for colour in range(1, task.landmarks + 1)
+    }
+    assert all(len(places) == 1 for places in landmarks.values())
+    kind = int(asked[1:])
+    if kind == 0:
+        return [(f"p{marked[0] - task.colours}", 1)]
+    if kind == 1:
+        return [(f"n{sum(colour == 0 for colour in plain.values())}", len(patches))]
+    ((frame, row, column),) = landmarks[kind // 2]
+    there = (frame, row, column + 1) if kind % 2 == 0 else (frame, row + 1, column)
+    return [(f"p{plain[there]}", 2)]
+
+
 def slow(task, prompt):
+    if isinstance(task, GridQuestions):
+        return slow_grid(task, prompt)
     if isinstance(task, Addition):
         return slow_sum(prompt, task.reversed)
     return slow_chase(prompt) if isinstance(task, PointerChase) else slow_recall(prompt)
@@ -113,6 +155,11 @@ def test_every_weighted_position_has_the_slow_answer_and_difficulty(task, seed):
                 assert asked.tolist() == [task.values + 1 + 3 * i for i in range(task.queries)]
                 prompts = [ids[: task.values] + ids[i - 1 : i + 1] for i in asked]
                 answers = [slow_chase(text(task, prompt))[0] for prompt in prompts]
+            elif isinstance(task, GridQuestions):
+                assert asked.tolist() == [task.patches + 2 * i for i in range(task.questions)]
+                prompts = [ids[: task.patches] + ids[i : i + 1] for i in asked]
+                answers = [slow_grid(task, text(task, prompt))[0] for prompt in prompts]
+                assert len({prompt[-1] for prompt in prompts}) == task.questions
             else:
                 assert asked.tolist() == [2 * (task.pairs + i) for i in range(task.queries)]
                 prompts = [ids[: 2 * task.pairs] + ids[i : i + 1] for i in asked]
@@ -278,3 +325,26 @@ def test_tasks_are_equal_by_their_fields():
     assert TaskSource(task=Addition(digits=3)) == TaskSource(task=Addition(digits=3))
     assert Addition(digits=3) != Addition(digits=4)
     assert dataclasses.replace(Addition(), digits=3) == Addition(digits=3)
+
+
+def test_red_patches_are_of_any_number_and_landmarks_anywhere_inside():
+    task = GridQuestions(height=4, width=3, most_red=3, colours=6, landmarks=1, questions=3)
+    patches = (task.sample(seed=0, count=400).tokens[:, :12] - 3) % task.colours
+    red = np.bincount((patches == 0).sum(axis=1), minlength=4)
+    assert len(red) == 4 and red.min() > 60
+    where = np.bincount(np.argmax(patches == 1, axis=1), minlength=12).reshape(4, 3)
+    assert (where[-1] == 0).all() and (where[:, -1] == 0).all() and where[:-1, :-1].min() > 30
+
+
+def test_the_prompt_is_what_comes_before_the_first_answer_of_a_segment():
+    for task in (GridQuestions(height=4, width=4), Addition(sums=3)):
+        source = TaskSource(task=task, prompts=True)
+        batch = next(iter(source.batches(tokenizer=task.tokenizer, batch_size=5, seed=0)))
+        for row in range(5):
+            for segment in np.unique(batch["segments"][row]):
+                inside = batch["segments"][row] == segment
+                first = np.flatnonzero(batch["weights"][row, inside])[0]
+                expected = np.arange(inside.sum()) <= first
+                np.testing.assert_array_equal(batch["prompt"][row, inside], expected)
+        plain = TaskSource(task=task).batches(tokenizer=task.tokenizer, batch_size=5, seed=0)
+        assert "prompt" not in next(iter(plain))

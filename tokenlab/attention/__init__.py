@@ -16,6 +16,7 @@ from tokenlab.attention.selectors import (
     VerticalSlash,
     WindowBlocks,
 )
+from tokenlab.attention.ssd import Scanned, associative_ssd, quadratic_ssd, ssd, ssd_flops
 
 __all__ = [
     "BlockBudget",
@@ -27,6 +28,7 @@ __all__ = [
     "PrefillAttention",
     "Prefilled",
     "RingAttention",
+    "Scanned",
     "Selection",
     "SequenceAttention",
     "ShareBudget",
@@ -34,6 +36,10 @@ __all__ = [
     "TokenRing",
     "VerticalSlash",
     "WindowBlocks",
+    "associative_ssd",
+    "quadratic_ssd",
+    "ssd",
+    "ssd_flops",
     "step_cost",
     "zigzag",
 ]

@@ -9,6 +9,7 @@ from tokenlab.cache.louis_kv import LouisKV
 from tokenlab.cache.page_top_k import PageTopK
 from tokenlab.cache.paged import PagedCache
 from tokenlab.cache.per_layer import PerLayer
+from tokenlab.cache.recurrent import Recurrent, RecurrentState
 from tokenlab.cache.shared import SharedKeys
 from tokenlab.cache.token_select import TokenSelect
 from tokenlab.cache.window import RingCache, SinkCache
@@ -29,6 +30,8 @@ __all__ = [
     "PerLayer",
     "Picked",
     "Reading",
+    "Recurrent",
+    "RecurrentState",
     "RingCache",
     "Room",
     "SharedKeys",

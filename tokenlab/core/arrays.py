@@ -12,6 +12,7 @@ Logits = Float[Array, "B T V"]
 Tokens = Int[Array, "B T"]
 Positions = Int[Array, "B T"]
 Segments = Int[Array, "B T"]  # 0 is padding; tokens attend within their own segment only
+Prompt = Bool[Array, "B T"]  # tokens that are given, not generated
 Weights = Float[Array, "B T"]
 Values = Float[Array, "B T"]
 RowKeys = Key[Array, " B"]  # one random key per row
@@ -26,6 +27,7 @@ __all__ = [
     "Logits",
     "PRNGKeyArray",
     "Positions",
+    "Prompt",
     "RowKeys",
     "Scalar",
     "Segments",

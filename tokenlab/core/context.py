@@ -7,16 +7,20 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import PyTree
 
 from kernels_pallas.linear_cross_entropy import (
     LinearCrossEntropyConfig,
+    Projection,
     TargetLogits,
+    kl_divergence,
     linear_cross_entropy,
 )
-from tokenlab.core.arrays import Array, PRNGKeyArray, Values
+from tokenlab.core.arrays import Array, Hidden, PRNGKeyArray, Values
+from tokenlab.core.errors import UserError
 from tokenlab.core.per_device import mesh_axes, per_device
 from tokenlab.core.projection import SharedRows
 from tokenlab.core.rng import stream
@@ -76,21 +80,51 @@ class Context:
         self._views = views
         self._key = key
         self._outputs: dict[str, Any] = {}
+        self._streams: dict[str, tuple[Hidden, ...]] = {}
         self._logits: dict[tuple[str, LossImpl | None, Any], TargetLogits] = {}
 
     def output(self, view: str = "policy") -> Any:
         """The forward pass of ``view`` (``models.ModelOutput``)."""
         if view not in self._outputs:
-            batch = self.batch
-            rngs = {} if self._key is None else {"dropout": stream(self._key, "dropout")}
-            self._outputs[view] = self._views[view](
-                batch["tokens"],
-                positions=batch["positions"],
-                segments=batch["segments"],
-                train=self.train,
-                rngs=rngs,
-            )
+            self._outputs[view] = self._run(view)
         return self._outputs[view]
+
+    def _run(self, view: str, **options: Any) -> Any:
+        """A forward pass, with ``options`` of ``apply``."""
+        batch = self.batch
+        rngs = {} if self._key is None else {"dropout": stream(self._key, "dropout")}
+        given = {"prompt": batch["prompt"]} if "prompt" in batch else {}
+        return self._views[view](
+            batch["tokens"],
+            positions=batch["positions"],
+            segments=batch["segments"],
+            train=self.train,
+            rngs=rngs,
+            **given,
+            **options,
+        )
+
+    def streams(self, view: str = "policy") -> tuple[Hidden, ...]:
+        """The residual stream of ``view`` behind each layer, from its forward pass.
+
+        Raises:
+            UserError: the model runs no layers of their own names, as where they are scanned.
+        """
+        if view not in self._streams:
+            self._outputs[view], kept = self._run(
+                view,
+                mutable=["intermediates"],
+                capture_intermediates=lambda module, _: str(module.name).startswith("block_"),
+            )
+            found = kept.get("intermediates", {})
+            names = sorted(
+                (name for name in found if name.startswith("block_")),
+                key=lambda name: (len(name), name),
+            )
+            if not names:
+                raise UserError(f"{view} shows no layers; set model.depth.scan=False")
+            self._streams[view] = tuple(found[name]["__call__"][0][0] for name in names)
+        return self._streams[view]
 
     def target_logits(
         self,
@@ -140,3 +174,43 @@ class Context:
         """Log-probability of each target under ``view``, in nats."""
         logits = self.target_logits(view, impl)
         return logits.target - logits.log_sum_exp
+
+    def kl_divergence(self, p: str, q: str, impl: LossImpl | None = None) -> Values:
+        """``KL(p || q)`` of two views in nats per token, without logits in memory.
+
+        Args:
+            p: where the expectation is taken; it carries no gradient.
+            q: what it is compared with.
+            impl: form of ``kernels_pallas.linear_cross_entropy`` that gives the normalisers.
+        """
+        first, second = self._projection(p, impl), self._projection(q, impl)
+        arrays = {f"p_{name}": jax.lax.stop_gradient(each) for name, each in first.items()}
+        arrays |= {f"q_{name}": each for name, each in second.items()}
+        axes = _AXES | {"log_sum_exp": _TOKENS}
+        caps = {name: self._views[view].model.head.softcap for name, view in (("p", p), ("q", q))}
+        vocabulary_axes = mesh_axes("vocab", first["weight"].shape[0])
+
+        def compare(**arrays: Array) -> Array:
+            sides = (
+                Projection(
+                    softcap=caps[side],
+                    **{name[2:]: each for name, each in arrays.items() if name[0] == side},
+                )
+                for side in "pq"
+            )
+            return kl_divergence(*sides, vocabulary_axes=vocabulary_axes)
+
+        return per_device(
+            compare, axes={name: axes[name[2:]] for name in arrays}, out=_TOKENS, **arrays
+        )
+
+    def _projection(self, view: str, impl: LossImpl | None) -> dict[str, Array]:
+        """The arrays of ``Projection``, with a row per token of the vocabulary."""
+        weight = self._views[view](method="head_weight")
+        hidden = self.output(view).hidden
+        arrays = {"hidden": hidden, "log_sum_exp": self.target_logits(view, impl).log_sum_exp}
+        if isinstance(weight, SharedRows):
+            if weight.bias is not None:
+                arrays["bias"] = weight.bias
+            weight = weight.expanded()
+        return arrays | {"weight": weight.astype(hidden.dtype)}

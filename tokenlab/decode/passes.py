@@ -78,9 +78,10 @@ def ledger(
         held: entries kept at the end, per cache.
     """
     spent = jax.tree.map(lambda x: np.asarray(x, np.float64), spent)
-    mixers = model.attentions()
+    mixers = model.mixers()
     layers = model.depth.cached_layers(model.num_layers)
-    widths = [2 * mixers[i].num_kv_heads * mixers[i].width(model.dim) for i in layers]
+    heads = [mixers[i].heads(model.dim) for i in layers]
+    widths = [2 * each.num_kv_heads * each.width for each in heads]
     projection = 2 * model.head.rows(model.vocab_size) * model.dim
     return Ledger(
         passes=float(spent.passes),

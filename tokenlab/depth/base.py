@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -63,6 +63,8 @@ class DepthProgram(nn.Module, abc.ABC):
     """
 
     remat: Remat = "none"
+    # Whether calls take ``prompt`` (bool [B, T] or None), and layers are told it.
+    tells_prompt: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from flax import linen as nn
 
 from tokenlab.cache import Cache, LayerCache
-from tokenlab.core.arrays import Hidden, Positions, Segments
+from tokenlab.core.arrays import Hidden, Positions, Prompt, Segments
 from tokenlab.core.errors import UserError
 from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
 
@@ -22,6 +24,7 @@ class Sequential(DepthProgram):
     """
 
     scan: bool = False
+    tells_prompt: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -34,6 +37,7 @@ class Sequential(DepthProgram):
         segments: Segments,
         cache: Cache | None = None,
         train: bool = False,
+        prompt: Prompt | None = None,
     ) -> tuple[Hidden, DepthTrace, Cache | None]:
         """Runs all layers on all tokens."""
         if self.scan and cache is not None:
@@ -42,7 +46,8 @@ class Sequential(DepthProgram):
         def body(
             layer: nn.Module, x: Hidden, own: LayerCache | None
         ) -> tuple[Hidden, LayerCache | None]:
-            return layer(x, positions=positions, segments=segments, cache=own, train=train)
+            where = {"positions": positions, "segments": segments, "prompt": prompt}
+            return layer(x, **where, cache=own, train=train)
 
         body = self._rematerialised(body, scanned=self.scan)
         kinds = block.kinds()

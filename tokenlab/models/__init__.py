@@ -1,6 +1,8 @@
 """Pure Linen models and their parts."""
 
 from tokenlab.models.attention import Attention, Mixer
+from tokenlab.models.flex_ma import FlexMA
+from tokenlab.models.grid import Grid, Window
 from tokenlab.models.heads import Head, LinearHead, TiedHead, VQHead
 from tokenlab.models.layers import (
     FeedForward,
@@ -9,12 +11,15 @@ from tokenlab.models.layers import (
     Linear,
     LinearScaling,
     Llama3Scaling,
+    LowRank,
     RMSNorm,
     Rotary,
     RotaryScaling,
     SwiGLU,
     rotate,
 )
+from tokenlab.models.linmu import MMATE, linmu, with_teacher
+from tokenlab.models.local_windows import LocalWindows
 from tokenlab.models.transformer import (
     Block,
     BlockPattern,
@@ -29,17 +34,22 @@ from tokenlab.models.transformer import (
 )
 
 __all__ = [
+    "MMATE",
     "Attention",
     "Block",
     "BlockPattern",
     "FeedForward",
+    "FlexMA",
     "GatedFeedForward",
     "GeGLU",
+    "Grid",
     "Head",
     "Linear",
     "LinearHead",
     "LinearScaling",
     "Llama3Scaling",
+    "LocalWindows",
+    "LowRank",
     "Mixer",
     "ModelOutput",
     "RMSNorm",
@@ -49,11 +59,14 @@ __all__ = [
     "TiedHead",
     "Transformer",
     "VQHead",
+    "Window",
     "for_decoding",
+    "linmu",
     "llama",
     "rotate",
     "transformer_1m",
     "transformer_15m",
     "transformer_135m",
     "unrolled",
+    "with_teacher",
 ]

@@ -14,7 +14,17 @@ from kernels_pallas.block_sparse_attention import Causal, MaskRule, block_sparse
 from tokenlab.attention import PrefillAttention, Prefilled
 from tokenlab.cache import Entries, Heads, LayerCache, SharedKeys
 from tokenlab.cache.layers import Shares
-from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int, Positions, Scalar, Segments
+from tokenlab.core.arrays import (
+    Array,
+    Bool,
+    Float,
+    Hidden,
+    Int,
+    Positions,
+    Prompt,
+    Scalar,
+    Segments,
+)
 from tokenlab.core.errors import UserError
 from tokenlab.core.per_device import per_device
 from tokenlab.models.layers import Linear, RMSNorm, Rotary, RotaryScaling
@@ -41,8 +51,13 @@ class Mixer(nn.Module, abc.ABC):
         positions: Positions,
         segments: Segments,
         cache: Memory | None = None,
+        prompt: Prompt | None = None,
     ) -> tuple[Hidden, Memory | None]:
         """The mixed tokens and the cache with theirs appended."""
+
+    @abc.abstractmethod
+    def heads(self, dim: int) -> Heads:
+        """How the heads score in a model of width ``dim``: what a cache is told."""
 
     @abc.abstractmethod
     def flops(self, dim: int, *, projects: bool = True) -> int:
@@ -118,7 +133,7 @@ class Attention(Mixer):
         return self.head_dim or dim // self.num_heads
 
     def heads(self, dim: int) -> Heads:
-        """How the heads score in a model of width ``dim``: what a cache is told."""
+        """The query and key heads, and how they are turned."""
         width = self.width(dim)
         return Heads(
             num_heads=self.num_heads,
@@ -137,6 +152,7 @@ class Attention(Mixer):
         positions: Positions,
         segments: Segments,
         cache: Memory | None = None,
+        prompt: Prompt | None = None,
     ) -> tuple[Hidden, Memory | None]:
         """Attends within segments, over the cache where one is given.
 
@@ -146,6 +162,7 @@ class Attention(Mixer):
             segments: 0 for padding.
             cache: this layer's cache; then rows hold one segment each. Or the keys and values that
                 it shares with earlier applications.
+            prompt: not read; the rule says who sees whom.
 
         Raises:
             UserError: keys are shared, and ``prefill`` would leave out some of them.

@@ -23,24 +23,64 @@ class Linear(nn.Module):
         features: output width.
         axes: logical names of the kernel's two axes.
         bias: whether a bias is added.
+        zero: whether the kernel starts at zero.
+        adapter: what is added to the kernel, or None.
     """
 
     features: int
     axes: tuple[str, str] = ("embed", "mlp")
     bias: bool = False
+    zero: bool = False
+    adapter: LowRank | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Projects the last axis."""
         self.sow("intermediates", "inputs", x)  # for calibration; kept only where asked for
         shape = (x.shape[-1], self.features)
-        kernel = parameter(self, "kernel", dense_init, shape, self.axes)
+        init = nn.initializers.zeros if self.zero else dense_init
+        kernel = parameter(self, "kernel", init, shape, self.axes)
         # One matrix of all tokens: XLA:CPU runs [B, T, D] @ [D, F] far below [B*T, D] @ [D, F].
         flat = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
         if self.bias:
             bias = parameter(self, "bias", nn.initializers.zeros, shape[1:], self.axes[1:])
             flat += bias.astype(x.dtype)[None]
-        return flat.reshape(*x.shape[:-1], self.features)
+        out = flat.reshape(*x.shape[:-1], self.features)
+        if self.adapter is None:
+            return out
+        return out + self.adapter.copy(parent=self, name="adapter")(x, axes=self.axes, like=out)
+
+
+class LowRank(nn.Module):
+    """A change of low rank to a kernel: ``y += alpha / rank * (x A) B``, with B zero at the start.
+
+    Reference: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, "LoRA: Low-Rank Adaptation of
+    Large Language Models", 2021, arXiv:2106.09685.
+
+    Differences from the paper: none known; dropout is left out.
+
+    Attributes:
+        rank: columns of A.
+        alpha: scale of the change at rank 1.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], *, axes: tuple[str, str], like: Float[Array, "B T F"]
+    ) -> Float[Array, "B T F"]:
+        """What is added to ``x @ kernel``.
+
+        Args:
+            x: input of the layer.
+            axes: logical names of the kernel's axes.
+            like: the output of the layer, for its width.
+        """
+        narrow = Linear(self.rank, axes=(axes[0], "norm"), name="a")(x)
+        wide = Linear(like.shape[-1], axes=("norm", axes[1]), zero=True, name="b")(narrow)
+        return self.alpha / self.rank * wide
 
 
 class RMSNorm(nn.Module):
@@ -189,9 +229,11 @@ class GatedFeedForward(FeedForward):
 
     Attributes:
         hidden_dim: width of the gated layer.
+        adapter: what is added to each of the three kernels, or None.
     """
 
     hidden_dim: int
+    adapter: LowRank | None = None
 
     @abc.abstractmethod
     def activation(self, gate: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
@@ -200,15 +242,17 @@ class GatedFeedForward(FeedForward):
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
         """Applies the gated layer to every token."""
-        gate = Linear(self.hidden_dim, name="gate")(x)
-        up = Linear(self.hidden_dim, name="up")(x)
+        gate = Linear(self.hidden_dim, adapter=self.adapter, name="gate")(x)
+        up = Linear(self.hidden_dim, adapter=self.adapter, name="up")(x)
         hidden = self.activation(gate) * up
         hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
-        return Linear(x.shape[-1], axes=("mlp", "embed"), name="down")(hidden)
+        down = Linear(x.shape[-1], axes=("mlp", "embed"), adapter=self.adapter, name="down")
+        return down(hidden)
 
     def flops(self, dim: int) -> int:
-        """Three projections."""
-        return 2 * 3 * dim * self.hidden_dim
+        """Three projections, with what is added to them."""
+        rank = 0 if self.adapter is None else self.adapter.rank
+        return 2 * 3 * (dim * self.hidden_dim + rank * (dim + self.hidden_dim))
 
 
 class SwiGLU(GatedFeedForward):

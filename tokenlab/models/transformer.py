@@ -12,7 +12,8 @@ from flax import linen as nn
 from jaxtyping import PyTree
 
 from tokenlab.cache import Cache, CachePolicy, Room
-from tokenlab.core.arrays import Array, Float, Hidden, Logits, Positions, Segments, Tokens
+from tokenlab.core.arrays import Array, Float, Hidden, Logits, Positions, Prompt, Segments, Tokens
+from tokenlab.core.errors import UserError
 from tokenlab.core.ledger import Ledger
 from tokenlab.core.parameters import parameter
 from tokenlab.core.projection import SharedRows
@@ -53,11 +54,14 @@ class Block(nn.Module):
         segments: Segments,
         cache: Memory | None = None,
         train: bool = False,
+        prompt: Prompt | None = None,
     ) -> tuple[Hidden, Memory | None]:
         """One layer; returns the stream and the layer's new cache."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
         normed = self.norm.copy(parent=self, name="mixer_norm")(x)
-        update, cache = self.mixer(normed, positions=positions, segments=segments, cache=cache)
+        update, cache = self.mixer(
+            normed, positions=positions, segments=segments, cache=cache, prompt=prompt
+        )
         x = x + drop(self._post_normed(update, "mixer"))
         normed = self.norm.copy(parent=self, name="feedforward_norm")(x)
         x = x + drop(self._post_normed(self.feedforward(normed), "feedforward"))
@@ -145,6 +149,7 @@ class Transformer(nn.Module):
         segments: Segments,
         cache: Cache | None = None,
         train: bool = False,
+        prompt: Prompt | None = None,
     ) -> ModelOutput:
         """Runs the stack.
 
@@ -154,7 +159,18 @@ class Transformer(nn.Module):
             segments: document of each token in its row, 0 for padding.
             cache: from ``empty_cache`` or an earlier call; None in training.
             train: whether dropout is on (stream ``dropout``).
+            prompt: tokens that are given, for mixers that read them in both directions; None is
+                none, or with a cache that the first pass begins, all of its tokens.
+
+        Raises:
+            UserError: a prompt is marked, and the depth program does not tell its layers.
         """
+        if prompt is not None and not self.depth.tells_prompt:
+            raise UserError(
+                f"{type(self.depth).__name__} does not tell its layers which tokens are the prompt;"
+                " use depth=Sequential(), or data without a prompt"
+            )
+        given = {} if prompt is None else {"prompt": prompt}
         if self.is_initializing():
             self.head(self.embedding)
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
@@ -167,6 +183,7 @@ class Transformer(nn.Module):
             segments=segments,
             cache=cache,
             train=train,
+            **given,
         )
         return ModelOutput(hidden=self.norm(x), trace=trace, cache=cache)
 
@@ -244,26 +261,30 @@ class Transformer(nn.Module):
 
         Raises:
             UserError: the policy has no room for this, or the depth program does not decode.
-            ValueError: a mixer is not attention.
         """
         order = self.depth.cached_layers(self.num_layers)
-        mixers = self.attentions()
+        mixers = self.mixers()
         heads = tuple(mixers[i].heads(self.dim) for i in order)
         return Cache.empty(policy, Room(batch, capacity, self.dtype), heads)
+
+    @nn.nowrap
+    def mixers(self) -> tuple[Mixer, ...]:
+        """The mixer of every nominal layer."""
+        kinds = self.block.kinds()
+        return tuple(kinds[i % len(kinds)].mixer for i in range(self.num_layers))
 
     @nn.nowrap
     def attentions(self) -> tuple[Attention, ...]:
         """The attention of every nominal layer.
 
         Raises:
-            ValueError: a mixer is not attention, which is all that a key-value cache serves.
+            ValueError: a mixer is not attention.
         """
-        kinds = self.block.kinds()
-        mixers = [kinds[i % len(kinds)].mixer for i in range(self.num_layers)]
+        mixers = self.mixers()
         for mixer in mixers:
             if not isinstance(mixer, Attention):
-                raise ValueError(f"{type(mixer).__name__} keeps no keys and values to cache")
-        return tuple(cast(list[Attention], mixers))
+                raise ValueError(f"{type(mixer).__name__} is not attention over keys and values")
+        return cast(tuple[Attention, ...], mixers)
 
 
 def for_decoding(model: Transformer, params: PyTree) -> tuple[Transformer, PyTree]:

@@ -9,6 +9,7 @@ from tokenlab.objectives.base import (
     TokenLoss,
     TokenWeights,
 )
+from tokenlab.objectives.distill import StreamError, TeacherKL
 from tokenlab.objectives.next_token import NextToken, SmoothedNextToken, ZLoss
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "NextToken",
     "Objective",
     "SmoothedNextToken",
+    "StreamError",
     "Summand",
+    "TeacherKL",
     "Term",
     "TokenLoss",
     "TokenWeights",

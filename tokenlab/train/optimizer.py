@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import fnmatch
+import functools
 
 import jax
 import optax
@@ -11,6 +13,7 @@ import optax.contrib
 from jaxtyping import PyTree
 
 from tokenlab.core.duration import Clock, Duration, Fraction
+from tokenlab.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,13 +108,28 @@ class Optimizer(abc.ABC):
 
     Attributes:
         learning_rate: its schedule.
+        trained: patterns (``*`` is any text) of the paths of parameters that move, such as
+            ``*/feedforward/*``; the rest stays as it is.
     """
 
     learning_rate: Schedule
+    trained: tuple[str, ...] = ("*",)
+
+    def build(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        """The optax transformation that follows ``schedule``; it keeps nothing of what it freezes.
+
+        Raises:
+            UserError: on its first use, a pattern names no parameter.
+        """
+        moving = self.moving(schedule)
+        if self.trained == ("*",):
+            return moving
+        labels = functools.partial(_trained_or_frozen, self.trained)
+        return optax.partition({"trained": moving, "frozen": optax.set_to_zero()}, labels)
 
     @abc.abstractmethod
-    def build(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-        """The optax transformation that follows ``schedule``."""
+    def moving(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        """The transformation of the parameters that are trained."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,8 +153,8 @@ class AdamW(Optimizer):
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
 
-    def build(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-        """The optax transformation that follows ``schedule``."""
+    def moving(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        """The transformation of the parameters that are trained."""
         adam = optax.adamw(
             schedule,
             b1=self.b1,
@@ -174,8 +192,8 @@ class Muon(Optimizer):
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
 
-    def build(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-        """The optax transformation that follows ``schedule``."""
+    def moving(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        """The transformation of the parameters that are trained."""
         # Optax's own split gives the rest Nesterov momentum and decays norms there.
         muon = optax.contrib.muon(
             learning_rate=-1.0,  # keeps the sign, for the rate at the end of the chain
@@ -190,6 +208,22 @@ class Muon(Optimizer):
             optax.add_decayed_weights(self.weight_decay, mask=decayed),
             optax.scale_by_learning_rate(schedule),
         )
+
+
+def _trained_or_frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
+    """``"trained"`` for parameters that a pattern names, else ``"frozen"``."""
+    unused = set(patterns)
+
+    def label(path: tuple, _: jax.Array) -> str:
+        name = "/".join(_names(path))
+        hits = {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
+        unused.difference_update(hits)
+        return "trained" if hits else "frozen"
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    if unused:
+        raise UserError(f"optimizer.trained names no parameter by {', '.join(sorted(unused))}")
+    return labels
 
 
 def _clip(norm: float | None) -> optax.GradientTransformation:
@@ -212,12 +246,12 @@ def _last_two_axes(params: PyTree) -> PyTree:
 
 
 def decayed(params: PyTree) -> PyTree:
-    """Which parameters weight decay acts on: all but norm scales, biases and tables of codes."""
+    """Which parameters weight decay acts on: all but scales, biases, rates and tables of codes."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_decayed(path), params)
 
 
 def _is_decayed(path: tuple) -> bool:
-    return not {"scale", "bias", "codes"} & set(_names(path))
+    return not {"scale", "bias", "codes", "log_rate"} & set(_names(path))
 
 
 def _names(path: tuple) -> list[str]:

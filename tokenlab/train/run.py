@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 import grain
 import jax
 
+from tokenlab.core.context import View
 from tokenlab.core.duration import Clock
 from tokenlab.core.errors import UserError
 from tokenlab.data.base import Batch
@@ -54,12 +56,19 @@ class Run:
     clock: Clock
 
     @classmethod
-    def of(cls, experiment: Experiment, *, tokenizer: Tokenizer | None = None) -> Run:
+    def of(
+        cls,
+        experiment: Experiment,
+        *,
+        tokenizer: Tokenizer | None = None,
+        views: Mapping[str, View] | None = None,
+    ) -> Run:
         """Resolves an experiment.
 
         Args:
             experiment: the experiment.
             tokenizer: its tokenizer, where a run folder holds it already.
+            views: models beside the policy, such as a teacher.
 
         Raises:
             UserError: the tokenizer has more ids than the model's vocabulary.
@@ -87,6 +96,7 @@ class Run:
             seed=experiment.seed,
             accumulation=experiment.accumulation,
             ema_decay=experiment.ema_decay,
+            views=views or {},
         )
         return cls(experiment=experiment, tokenizer=tokenizer, trainer=trainer, clock=clock)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.struct
@@ -80,6 +81,7 @@ class Trainer:
         seed: of all random streams.
         accumulation: micro-batches per step; equal to the full batch in value.
         ema_decay: decay of the parameter average, or None for none.
+        views: models beside the policy, by name; their parameters do not change.
     """
 
     model: nn.Module
@@ -90,12 +92,13 @@ class Trainer:
     seed: int = 0
     accumulation: int = 1
     ema_decay: float | None = None
+    views: Mapping[str, View] = dataclasses.field(default_factory=dict)
 
-    def _params(self) -> PyTree:
+    def _params(self, model: nn.Module | None = None) -> PyTree:
         """Initial parameters, still boxed with the logical names of their axes."""
         tokens = jnp.zeros((1, 8), jnp.int32)
-        key = stream(self.seed, "init")
-        return self.model.init(key, tokens, positions=tokens, segments=tokens + 1)["params"]
+        key, model = stream(self.seed, "init"), model or self.model
+        return model.init(key, tokens, positions=tokens, segments=tokens + 1)["params"]
 
     def _first(self) -> TrainState:
         params = nn.meta.unbox(self._params())
@@ -123,11 +126,20 @@ class Trainer:
             state.replace(step=copied, params=placed, opt_state=opt_state, ema=ema),
         )
 
-    def init(self) -> TrainState:
-        """The first state, created in place on its devices."""
+    def init(self, params: PyTree | None = None) -> TrainState:
+        """The first state, created in place on its devices.
+
+        Args:
+            params: parameters to start from, which the first step gives up; None draws them.
+        """
         out = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         with placed_on(self.mesh):
-            return jax.jit(self._first, out_shardings=out)()
+            state = jax.jit(self._first, out_shardings=out)()
+            if params is None:
+                return state
+            params = jax.device_put(params, out.params)
+            ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
+            return state.replace(params=params, ema=ema)
 
     def put(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """This process's rows as global device arrays."""
@@ -135,6 +147,15 @@ class Trainer:
         return {
             name: jax.make_array_from_process_local_data(sharding, rows)
             for name, rows in batch.items()
+        }
+
+    @functools.cached_property
+    def frozen(self) -> dict[str, PyTree]:
+        """The parameters of the other views, on the devices of the mesh."""
+        return {
+            name: jax.device_put(view.params, shardings(boxed, self.mesh))
+            for name, view in self.views.items()
+            for boxed in [jax.eval_shape(functools.partial(self._params, view.model))]
         }
 
     @functools.cached_property
@@ -146,7 +167,7 @@ class Trainer:
     def step(self, state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, StepMetrics]:
         """The next state; the old one's buffers are given up to it."""
         with placed_on(self.mesh):
-            return self.jitted(state, batch)
+            return self.jitted(state, batch, self.frozen)
 
     def lower(self, *, batch_size: int, length: int) -> jax.stages.Lowered:
         """The step for a mesh whose devices may be absent, ready to ``compile()``.
@@ -163,13 +184,20 @@ class Trainer:
             for name, dtype in (dtypes | {"weights": jnp.float32}).items()
         }
         with placed_on(self.mesh):
-            return self.jitted.lower(self.abstract_state(), batch)
+            return self.jitted.lower(self.abstract_state(), batch, self.frozen)
 
     def _step(
-        self, state: TrainState, batch: Mapping[str, Array]
+        self,
+        state: TrainState,
+        batch: Mapping[str, Array],
+        frozen: Mapping[str, PyTree] = MappingProxyType({}),
     ) -> tuple[TrainState, StepMetrics]:
         key = stream(self.seed, "step", state.step)
-        grads, sums, ledger = self._gradient(state.params, batch, key)
+        others = {
+            name: View(model=self.views[name].model, params=params)
+            for name, params in frozen.items()
+        }
+        grads, sums, ledger = self._gradient(state.params, batch, key, others)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -186,7 +214,11 @@ class Trainer:
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     def _gradient(
-        self, params: PyTree, batch: Mapping[str, Array], key: PRNGKeyArray
+        self,
+        params: PyTree,
+        batch: Mapping[str, Array],
+        key: PRNGKeyArray,
+        others: Mapping[str, View],
     ) -> tuple[PyTree, dict[str, Weighted], Ledger]:
         """Gradient of the objective over the whole batch, micro-batch by micro-batch.
 
@@ -198,7 +230,7 @@ class Trainer:
         def loss(params, weights, index, rows):
             context = Context(
                 batch=rows,
-                views={"policy": View(model=self.model, params=params)},
+                views={"policy": View(model=self.model, params=params), **others},
                 key=stream(key, "micro_batch", index),
                 train=True,
             )

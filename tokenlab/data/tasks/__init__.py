@@ -4,6 +4,7 @@ from tokenlab.data.tasks.addition import Addition
 from tokenlab.data.tasks.alphabet import AlphabetTokenizer
 from tokenlab.data.tasks.associative_recall import AssociativeRecall
 from tokenlab.data.tasks.base import Problem, Task, TaskBatch
+from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.pointer_chase import PointerChase
 from tokenlab.data.tasks.source import TaskSource
 
@@ -11,6 +12,7 @@ __all__ = [
     "Addition",
     "AlphabetTokenizer",
     "AssociativeRecall",
+    "GridQuestions",
     "PointerChase",
     "Problem",
     "Task",

@@ -9,6 +9,7 @@ import zlib
 import grain
 import numpy as np
 
+from tokenlab.core.arrays import Bool, Float, Int
 from tokenlab.core.errors import UserError
 from tokenlab.data.base import Batch, Corpus, Source
 from tokenlab.data.pipeline import ahead, rows_per_shard
@@ -30,10 +31,13 @@ class TaskSource(Source):
     Attributes:
         task: makes and checks the problems.
         split: ``"train"`` or ``"held_out"``.
+        prompts: whether batches also have ``prompt``, bool [B, T]: what comes in a segment before
+            the first symbol of its first answer.
     """
 
     task: Task
     split: str = "train"
+    prompts: bool = False
 
     def __post_init__(self):
         if self.split not in SPLITS:
@@ -87,6 +91,8 @@ class TaskSource(Source):
                 name: np.concatenate([getattr(sample, name) for sample in samples])[mine]
                 for name in TaskBatch._fields
             }
+            if self.prompts:
+                arrays["prompt"] = _prompts(arrays["weights"], arrays["segments"])
             # a number that outgrows int32 starts from 0 again
             numbers = np.arange(first, first + count)[:, None] % 2**31
             documents = np.broadcast_to(numbers.astype(np.int32), arrays["tokens"].shape)
@@ -95,3 +101,13 @@ class TaskSource(Source):
         steps = grain.MapDataset.range(sys.maxsize).map(batch)
         batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=0))
         return ahead(batches)
+
+
+def _prompts(
+    weights: Float[np.ndarray, "B T"], segments: Int[np.ndarray, "B T"]
+) -> Bool[np.ndarray, "B T"]:
+    """Tokens before which their segment has no target that counts."""
+    answers = np.cumsum(weights > 0, axis=1) - (weights > 0)
+    begins = np.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    earlier = np.maximum.accumulate(np.where(begins, answers, 0), axis=1)
+    return (answers == earlier) & (segments > 0)
