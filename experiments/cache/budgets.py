@@ -35,19 +35,34 @@ from tokenlab.decode import score_continuation
 from tokenlab.interop import load_pretrained
 from tokenlab.interop.assets import fetch_model
 from tokenlab.study import Claim, Measured, Study, Trial
+from tokenlab.tokenizers import Tokenizer
 
 SENTENCE = " The number of the {animal} is {number}."
 QUESTION = " Remember: the number of the {animal} is"
-BUDGETS = (384,)  # add others for a curve: two minutes of a core for each policy
+BUDGETS = (96, 192, 384)
 ANIMALS = ("otter", "raven", "badger", "heron", "lynx", "turtle")
 
 
 @functools.cache
-def _model():
+def published() -> tuple[View, Tokenizer, list[list[int]]]:
+    """SmolLM2-135M, its tokenizer, and long held-out texts as its ids."""
     model, params, tokenizer = load_pretrained(fetch_model("smollm2_135m"))
     documents = TfdsCorpus(name="english_prose").documents("held_out")
     texts = [tokenizer.encode(document.text[:20_000]) for document in documents]
     return View(model=model, params=params), tokenizer, [t for t in texts if len(t) > 3000]
+
+
+def planted(
+    tokenizer: Tokenizer, hay: list[int], *, depth: float, length: int, animal: str, number: int
+) -> tuple[list[int], list[int]]:
+    """A prompt of ``length`` tokens with the sentence at ``depth``, and the number it asks for."""
+    sentence, question, answer = (
+        tokenizer.encode(part.format(animal=animal, number=number))
+        for part in (SENTENCE, QUESTION, " {number}")
+    )
+    count = length - 1 - len(sentence) - len(question)
+    at = int(depth * count)
+    return [tokenizer.bos_id, *hay[:at], *sentence, *hay[at:count], *question], answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +85,7 @@ class Budget(Trial):
 
     def measure(self, *, seed: int) -> Measured:
         """One text and one prompt for each depth."""
-        view, tokenizer, texts = _model()
+        view, tokenizer, texts = published()
         rng = np.random.default_rng(seed)
         prompts, rest = [], []
         text, start = texts[seed % len(texts)], int(rng.integers(0, 1500))
@@ -80,15 +95,12 @@ class Budget(Trial):
         for depth in self.depths:
             text = texts[rng.integers(len(texts))]
             animal, number = rng.choice(ANIMALS), int(rng.integers(1000, 10_000))
-            sentence, question, answer = (
-                tokenizer.encode(x.format(animal=animal, number=number).encode())
-                for x in (SENTENCE, QUESTION, " {number}")
+            hay = text[start : start + self.prompt]
+            hidden = planted(
+                tokenizer, hay, depth=depth, length=self.prompt, animal=animal, number=number
             )
-            count = self.prompt - 1 - len(sentence) - len(question)
-            at = int(depth * count)
-            hay = text[start : start + count]
-            prompts.append([tokenizer.bos_id, *hay[:at], *sentence, *hay[at:], *question])
-            rest.append(answer)
+            prompts.append(hidden[0])
+            rest.append(hidden[1])
         scored = score_continuation(view, self.policy, prompts, rest)
         needles = scored.logp[1:].sum(axis=1) / scored.lengths[1:]
         return Measured(
