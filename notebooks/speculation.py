@@ -60,8 +60,8 @@ def written_by_pass(decoder, view, ids, **others):
 # ## Without a second model
 # SmolLM2-135M goes on, greedily, with code that stands in its prompt already and with prose that
 # does not. Drafts come from the context (copied from where the last tokens stood before; followers
-# that the model lately found likely; both, in a balanced tree or in Goose's), all in trees of 32
-# nodes; or from the first 20 of the model's own 30 layers, in chains of four.
+# that the model lately found likely; both, as Goose weighs them), all in trees of 32 nodes; or from
+# the first 20 of the model's own 30 layers, two tokens at a time.
 
 # %%
 model, params, tokenizer = load_pretrained(fetch_model("smollm2_135m"))
@@ -70,20 +70,19 @@ prompts = {"code": [], "prose": []}
 for kind, name in (("code", "python_stdlib"), ("prose", "english_prose")):
     for document in TfdsCorpus(name=name).documents("held_out"):
         tokens = tokenizer.encode(document.text[:2000])
-        if len(tokens) >= 180 and len(prompts[kind]) < 3:
+        if len(tokens) >= 180 and len(prompts[kind]) < 2:
             shown = tokens[20:180]
             prompts[kind].append([*shown, *shown[:40]] if kind == "code" else shown)
 drafters = {
     "copied": goose.TREES["spine"],
     "followers": goose.TREES["branches"],
-    "balanced": goose.TREES["balanced"],
     "Goose": goose.TREES["goose"],
-    "first layers": Chains(view=None, early_exit=20, length=4),
+    "first layers": Chains(view=None, early_exit=20, length=2),
 }
 rows, found = {}, {}
 for name, drafter in drafters.items():
     decoder = Speculative(
-        drafter=drafter, sampler=Greedy(), max_new_tokens=64, end_ids=(), stream_every=1
+        drafter=drafter, sampler=Greedy(), max_new_tokens=40, end_ids=(), stream_every=1
     )
     rows[name], found[name] = written_by_pass(decoder, target, prompts["code"] + prompts["prose"])
 count = len(prompts["code"])
@@ -97,10 +96,18 @@ lengths |= {f"{name}, prose": np.concatenate(each[count:]) for name, each in row
 display(all((one.tokens == found["Goose"].tokens).all() for one in found.values()))
 
 # %% [markdown]
-# Tokens of each pass; the title ends with the mean.
+# Tokens of each pass; the title ends with the mean, code above and prose below.
 
 # %%
 plot_pass_lengths(lengths)
+
+# %% [markdown]
+# Copying is all or nothing: most passes write the one token that any pass writes, and a few write a
+# whole passage. Followers give two or three. Goose has both in one tree, and on these prompts the
+# longest passes on average. The first layers are hardly ever right: nothing in training asked them
+# to be read, so they cost twenty layers a token for almost nothing. Two prompts of a kind are an
+# illustration; `docs/studies/goose.json` has three draws of four, in which Goose beats each of its
+# two sources on code. That it beats a balanced tree of both by a tenth is not certain there.
 
 # %% [markdown]
 # Where the long passes are: the first piece of code as Goose wrote it, each token shaded by how
@@ -123,10 +130,9 @@ plot_token_values(
 target, tokenizer = trained(spectr.config())
 small, _ = trained(spectr.draft())
 documents = spectr.CORPUS.documents("held_out")
-ids = [[tokenizer.bos_id, *tokenizer.encode(document.text)][:32] for document in documents[:16]]
+ids = [[tokenizer.bos_id, *tokenizer.encode(document.text)][:32] for document in documents[:8]]
 drafters = {
     "a chain of 4": Chains(length=4),
-    "a chain of 16": dyspec.DRAFTERS["chain"],
     "4 chains of 4": Chains(count=4, length=4),
     "tree 4, 3": dyspec.DRAFTERS["bushy"],
     "tree 4, 1, 1, 1": dyspec.DRAFTERS["deep"],
@@ -143,3 +149,12 @@ for name, drafter in drafters.items():
     rows, _ = written_by_pass(decoder, target, ids, draft=small)
     lengths[name] = np.concatenate(rows)
 plot_pass_lengths(lengths)
+
+# %% [markdown]
+# The shape of a tree is the shape of its histogram. A chain ends at its first mistake; four of them
+# give the first token four chances, and so does a tree, which then goes on along each branch. The
+# tree `4, 3` is too shallow: half of its passes are all that it can hold. The dynamic tree puts its
+# nodes where the draft is sure of them, but this draft is hardly ever sure, so almost all of them
+# go side by side on the first level: nearly every pass writes two tokens, and very few write more.
+# That is DySpec's study in one picture: with this pair it does not beat a fixed tree of as many
+# nodes.

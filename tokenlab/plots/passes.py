@@ -34,6 +34,7 @@ def plot_pass_lengths(lengths: Mapping[str, Sequence[int]]) -> Figure:
         axis.set_title(f"{name}: {mean:.2f}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
+        axis.set_xlim(0.3, longest + 0.7)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supxlabel("tokens of a pass", fontsize=9)
     figure.supylabel("share of passes", fontsize=9)
