@@ -171,6 +171,21 @@ def test_long_names_of_arms_do_not_run_into_each_other():
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(spans))
 
 
+def test_many_arms_keep_their_words_whole_and_apart():
+    names = [
+        f"{name} at {size}" for size in (96, 384) for name in ("TokenSelect", "sink", "PageTopK")
+    ]
+    names += [f"arm {number}" for number in range(19)]
+    claims = [{"metric": "e/m", "claim": "", "holds": True}]
+    figure = plot_study(record(figures={"e/m": {name: [1.0] for name in names}}, claims=claims))
+    (axis,) = figure.axes
+    figure.draw_without_rendering()
+    labels = axis.get_xticklabels()
+    assert [" ".join(label.get_text().split()) for label in labels] == names
+    spans = [label.get_window_extent() for label in labels]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(spans))
+
+
 def test_budgets_are_a_line_for_each_policy():
     figures = {"full at 1000": [1.0, 3.0], "sinks at 128": [9.0, 7.0], "sinks at 384": [5.0, 5.0]}
     record = {"ledger": {arm: {} for arm in figures}, "figures": {"text/perplexity": figures}}
