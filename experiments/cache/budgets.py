@@ -7,11 +7,13 @@ other text, which gives a number of four digits.
 Command:  python -m tokenlab models fetch smollm2_135m
           python -m tokenlab data fetch english_prose
           python -m tokenlab study experiments/cache/budgets.py
-Hardware: two CPU cores, ten minutes, most of it compilation.
-Expected: in nats per token of a hidden number, lower is better: full cache 0.16, PageTopK 0.16,
-          TokenSelect 0.21, SnapKV 0.28, EMS 0.35, ActQKV 0.37, LouisKV 0.79, H2O 1.11, sinks and
-          window 1.54, whose window still has one of the two sentences. Three seeds do not tell
-          LouisKV from that.
+Hardware: two CPU cores, twenty-two minutes of one, most of it compilation.
+Expected: in nats per token of a hidden number, lower is better, at 96, 192 and 384 tokens of 1000,
+          where a full cache has 0.16: TokenSelect 0.22, 0.21, 0.21; PageTopK 0.43, 0.20, 0.16; EMS
+          0.80, 0.68, 0.35; SnapKV 0.85, 0.56, 0.28; ActQKV 1.30, 0.69, 0.37; LouisKV 1.29, 1.05,
+          0.79; H2O 2.46, 1.48, 1.11; sinks and window 2.70, 2.73, 1.54, whose window has one of the
+          two sentences at last. Three seeds do not tell LouisKV from that at 96 and 384, nor ActQKV
+          at 96, though both means lie far below.
 """
 
 import dataclasses
@@ -35,19 +37,34 @@ from tokenlab.decode import score_continuation
 from tokenlab.interop import load_pretrained
 from tokenlab.interop.assets import fetch_model
 from tokenlab.study import Claim, Measured, Study, Trial
+from tokenlab.tokenizers import Tokenizer
 
 SENTENCE = " The number of the {animal} is {number}."
 QUESTION = " Remember: the number of the {animal} is"
-BUDGETS = (384,)  # add others for a curve: two minutes of a core for each policy
+BUDGETS = (96, 192, 384)
 ANIMALS = ("otter", "raven", "badger", "heron", "lynx", "turtle")
 
 
 @functools.cache
-def _model():
+def published() -> tuple[View, Tokenizer, list[list[int]]]:
+    """SmolLM2-135M, its tokenizer, and long held-out texts as its ids."""
     model, params, tokenizer = load_pretrained(fetch_model("smollm2_135m"))
     documents = TfdsCorpus(name="english_prose").documents("held_out")
     texts = [tokenizer.encode(document.text[:20_000]) for document in documents]
     return View(model=model, params=params), tokenizer, [t for t in texts if len(t) > 3000]
+
+
+def planted(
+    tokenizer: Tokenizer, hay: list[int], *, depth: float, length: int, animal: str, number: int
+) -> tuple[list[int], list[int]]:
+    """A prompt of ``length`` tokens with the sentence at ``depth``, and the number it asks for."""
+    sentence, question, answer = (
+        tokenizer.encode(part.format(animal=animal, number=number))
+        for part in (SENTENCE, QUESTION, " {number}")
+    )
+    count = length - 1 - len(sentence) - len(question)
+    at = int(depth * count)
+    return [tokenizer.bos_id, *hay[:at], *sentence, *hay[at:count], *question], answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +87,7 @@ class Budget(Trial):
 
     def measure(self, *, seed: int) -> Measured:
         """One text and one prompt for each depth."""
-        view, tokenizer, texts = _model()
+        view, tokenizer, texts = published()
         rng = np.random.default_rng(seed)
         prompts, rest = [], []
         text, start = texts[seed % len(texts)], int(rng.integers(0, 1500))
@@ -80,15 +97,12 @@ class Budget(Trial):
         for depth in self.depths:
             text = texts[rng.integers(len(texts))]
             animal, number = rng.choice(ANIMALS), int(rng.integers(1000, 10_000))
-            sentence, question, answer = (
-                tokenizer.encode(x.format(animal=animal, number=number).encode())
-                for x in (SENTENCE, QUESTION, " {number}")
+            hay = text[start : start + self.prompt]
+            hidden = planted(
+                tokenizer, hay, depth=depth, length=self.prompt, animal=animal, number=number
             )
-            count = self.prompt - 1 - len(sentence) - len(question)
-            at = int(depth * count)
-            hay = text[start : start + count]
-            prompts.append([tokenizer.bos_id, *hay[:at], *sentence, *hay[at:], *question])
-            rest.append(answer)
+            prompts.append(hidden[0])
+            rest.append(hidden[1])
         scored = score_continuation(view, self.policy, prompts, rest)
         needles = scored.logp[1:].sum(axis=1) / scored.lengths[1:]
         return Measured(
@@ -116,24 +130,27 @@ def policies(budget: int) -> dict[str, CachePolicy]:
 
 
 def study() -> Study:
-    """Three eighths of the prompt."""
+    """A tenth, a fifth and three eighths of the prompt."""
     arms = {"full cache at 1000": Budget(policy=FullCache(), budget=1000)}
+    claims = []
     for budget in BUDGETS:
         arms |= {
             f"{name} at {budget}": Budget(policy=policy, budget=budget)
             for name, policy in policies(budget).items()
         }
-    others = ("EMS", "PageTopK", "TokenSelect", "LouisKV", "ActQKV")
+        claims += [
+            Claim(
+                arm=f"{name} at {budget}",
+                than=f"sink and recent at {budget}",
+                metric="needle/nats_per_token",
+            )
+            for name in ("EMS", "PageTopK", "TokenSelect", "LouisKV", "ActQKV")
+        ]
     return Study(
         name="budgets",
         question="Which caches keep a hidden number that sinks and a window lose?",
         arms=arms,
         matched="budget",
-        claims=tuple(
-            Claim(
-                arm=f"{name} at 384", than="sink and recent at 384", metric="needle/nats_per_token"
-            )
-            for name in others
-        ),
+        claims=tuple(claims),
         seeds=(0, 1, 2),
     )

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
-from tokenlab.plots import plot_budgets, plot_curves, plot_study, plot_token_values
+from tokenlab.plots import (
+    plot_budgets,
+    plot_curves,
+    plot_maps,
+    plot_pass_lengths,
+    plot_study,
+    plot_token_values,
+)
 
 
 def boxes(figure):
@@ -164,6 +171,21 @@ def test_long_names_of_arms_do_not_run_into_each_other():
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(spans))
 
 
+def test_many_arms_keep_their_words_whole_and_apart():
+    names = [
+        f"{name} at {size}" for size in (96, 384) for name in ("TokenSelect", "sink", "PageTopK")
+    ]
+    names += [f"arm {number}" for number in range(19)]
+    claims = [{"metric": "e/m", "claim": "", "holds": True}]
+    figure = plot_study(record(figures={"e/m": {name: [1.0] for name in names}}, claims=claims))
+    (axis,) = figure.axes
+    figure.draw_without_rendering()
+    labels = axis.get_xticklabels()
+    assert [" ".join(label.get_text().split()) for label in labels] == names
+    spans = [label.get_window_extent() for label in labels]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(spans))
+
+
 def test_budgets_are_a_line_for_each_policy():
     figures = {"full at 1000": [1.0, 3.0], "sinks at 128": [9.0, 7.0], "sinks at 384": [5.0, 5.0]}
     record = {"ledger": {arm: {} for arm in figures}, "figures": {"text/perplexity": figures}}
@@ -171,3 +193,101 @@ def test_budgets_are_a_line_for_each_policy():
     lines = {line.get_label(): np.asarray(line.get_data()).tolist() for line in axis.lines}
     assert lines["sinks"] == [[128, 384], [8, 5]]
     assert lines["full"][1] == [2, 2]
+
+
+def test_budgets_have_one_legend_beside_the_panels_and_ticks_where_something_was_measured():
+    figures = {f"{name} at {budget}": [1.0] for name in "abcdefghij" for budget in (96, 384)}
+    metrics = ["needle/nats", "text/perplexity"]
+    record = {"ledger": figures, "figures": dict.fromkeys(metrics, figures)}
+    figure = plot_budgets(record, metrics)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list("abcdefghij")
+    for axis in figure.axes:
+        assert axis.get_window_extent().x1 < legend.get_window_extent().x0
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["96", "384"]
+
+
+MAPS = {
+    "keeps all": np.asarray([[0.0, 1.0, 2.0], [0.5, np.nan, 4.0]]),
+    "keeps some": np.asarray([[8.0, 1.0, 2.0], [0.5, 0.25, 4.0]]),
+}
+SIDES = {
+    "rows": ["10 %", "90 %"], "columns": [128, 256, 512], "row_label": "depth",
+    "column_label": "tokens", "label": "nats",
+}  # fmt: skip
+
+
+def test_maps_share_one_scale_and_one_place_for_each_cell():
+    figure = plot_maps(MAPS, **SIDES)
+    *panels, bar = figure.axes
+    assert [axis.get_title() for axis in panels] == ["keeps all: 1.50", "keeps some: 2.62"]
+    for axis, values in zip(panels, MAPS.values(), strict=True):
+        (image,) = axis.images
+        np.testing.assert_array_equal(image.get_array().filled(np.nan), values)
+        assert (image.norm.vmin, image.norm.vmax) == (0.0, 8.0)
+        written = {text.get_position(): text.get_text() for text in axis.texts}
+        assert written == {
+            (column, row): f"{value:.2f}"
+            for (row, column), value in np.ndenumerate(values)
+            if np.isfinite(value)
+        }
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["128", "256", "512"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["10 %", "90 %"]
+    assert bar.get_ylabel() == "nats"
+    assert figure.get_supxlabel() == "tokens" and figure.get_supylabel() == "depth"
+
+
+def test_a_large_map_is_not_written_full_and_values_outside_the_limits_have_the_end_colours():
+    values = np.linspace(0, 2, 300).reshape(10, 30)
+    sides = SIDES | {"rows": range(10), "columns": range(30)}
+    axis, _ = plot_maps({"x": values}, **sides, limits=(0.5, 1.0)).axes
+    assert not axis.texts
+    assert len(axis.get_xticks()) <= 8 and len(axis.get_yticks()) <= 8
+    (image,) = axis.images
+    colours = image.cmap(image.norm(values))
+    assert (colours[0, 0] == image.cmap(0.0)).all() and (colours[-1, -1] == image.cmap(1.0)).all()
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 9])
+def test_panels_stand_in_even_lines_and_each_column_has_names_below(count, tmp_path):
+    maps = {str(number): np.eye(2, 3) for number in range(count)}
+    figure = plot_maps(maps, **SIDES)
+    figure.draw_without_rendering()
+    panels = figure.axes[:count]
+    lines = {}
+    for axis in panels:
+        lines.setdefault(round(axis.get_position().y0, 3), []).append(axis)
+    sizes = [len(line) for line in lines.values()]
+    assert max(sizes) <= 5 and max(sizes) - min(sizes) <= 1
+    columns = {}
+    for axis in panels:
+        columns[round(axis.get_position().x0, 3)] = axis  # the lowest one stays
+    assert all(
+        any(label.get_visible() and label.get_text() for label in axis.get_xticklabels())
+        for axis in columns.values()
+    )
+    picture = painted(figure, tmp_path / "maps.png")
+    for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+        assert (edge == 1.0).all()
+
+
+@pytest.mark.parametrize("maps", [{}, {"x": np.zeros((3, 2))}])
+def test_maps_of_another_shape_are_refused(maps):
+    with pytest.raises(ValueError, match=r"give maps of shape \(2, 3\)"):
+        plot_maps(maps, **SIDES)
+
+
+def test_lengths_of_passes_are_shares_with_the_mean_marked():
+    figure = plot_pass_lengths({"copied": [1, 1, 4, 2], "drafted": np.asarray([3])})
+    copied, drafted = figure.axes
+    heights = {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in copied.patches}
+    assert heights == pytest.approx({1.0: 0.5, 2.0: 0.25, 3.0: 0.0, 4.0: 0.25})
+    assert [bar.get_height() for bar in drafted.patches] == [0, 0, 1, 0]
+    assert copied.lines[0].get_xdata()[0] == 2 and copied.get_title() == "copied: 2.00"
+
+
+@pytest.mark.parametrize("lengths", [{}, {"copied": [1], "drafted": []}])
+def test_no_passes_are_refused(lengths):
+    with pytest.raises(ValueError, match="at least one pass"):
+        plot_pass_lengths(lengths)

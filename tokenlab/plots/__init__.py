@@ -2,7 +2,16 @@
 
 from tokenlab.plots.budgets import plot_budgets
 from tokenlab.plots.curves import plot_curves
+from tokenlab.plots.maps import plot_maps
+from tokenlab.plots.passes import plot_pass_lengths
 from tokenlab.plots.study import plot_study
 from tokenlab.plots.tokens import plot_token_values
 
-__all__ = ["plot_budgets", "plot_curves", "plot_study", "plot_token_values"]
+__all__ = [
+    "plot_budgets",
+    "plot_curves",
+    "plot_maps",
+    "plot_pass_lengths",
+    "plot_study",
+    "plot_token_values",
+]

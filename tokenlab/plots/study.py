@@ -26,7 +26,7 @@ def plot_study(record: Mapping[str, Any]) -> Figure:
             mean = sum(values) / len(values)
             axis.hlines(mean, place - 0.25, place + 0.25, lw=2)
             axis.plot([place] * len(values), values, "o", color="black", ms=4, alpha=0.6)
-        names = [textwrap.fill(arm, max(8, 60 // len(arms))) for arm in arms]
+        names = [textwrap.fill(arm, max(11, 60 // len(arms))) for arm in arms]
         axis.set_xticks(range(len(arms)), names, fontsize=8)
         axis.set_xlim(-0.6, len(arms) - 0.4)
         axis.set_title(metric, fontsize=10)
