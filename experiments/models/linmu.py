@@ -194,14 +194,9 @@ class Growth(Trial):
         length = frames * TASK.height * TASK.width
         positions = jnp.arange(length)[None]
         where = {"positions": positions, "segments": jnp.ones_like(positions)}
-        active = jnp.ones((model.num_layers, 1, length), bool)
         kinds = model.block.kinds()
-        pairs = jnp.stack(
-            [
-                kind.mixer.pairs(active=active[number :: len(kinds)], **where)
-                for number, kind in enumerate(kinds)
-            ]
-        )
+        turns = jnp.ones((model.num_layers // len(kinds), 1, length), bool)
+        pairs = jnp.stack([kind.mixer.pairs(active=turns, read=turns, **where) for kind in kinds])
         flops = model.flops(jnp.full((model.num_layers,), float(length)), pairs)
         policy = Recurrent() if self.linear else FullCache()
         cache = jax.eval_shape(lambda: model.empty_cache(policy, batch=1, capacity=length).states)
