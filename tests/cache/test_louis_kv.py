@@ -45,6 +45,7 @@ def decode(policy, queries, *, layer=LAYER, prompt=40):
     return cache
 
 
+@pytest.mark.slow
 def test_how_often_is_retrieved():
     still_heads = heads(rotate=still)
     queries = ARRAYS[0][1, :8]

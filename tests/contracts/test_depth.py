@@ -22,7 +22,9 @@ MEMBERS = {
     "mixture shared": MixtureOfRecursions(recursions=3, keys="shared"),
     "mixture hybrid": MixtureOfRecursions(recursions=3, keys="hybrid"),
 }
-every = pytest.mark.parametrize("member", MEMBERS)
+every = pytest.mark.parametrize(
+    "member", [pytest.param(m, marks=pytest.mark.slow if "shared" in m else ()) for m in MEMBERS]
+)
 
 
 def model_of(member, **rest):
@@ -143,7 +145,7 @@ def test_the_causal_twin_has_no_gradient_from_the_future(member):
 
 
 @every
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_remat_changes_no_gradient(member, remat):
     model = model_of(member)
     saved = config.replace(model, {"depth.remat": remat})

@@ -99,8 +99,8 @@ with placed_on(MeshShape(sequence=P, data=1).build()):
 @pytest.mark.parametrize(
     ("member", "devices"),
     [
-        (RingAttention, 4),
         (TokenRing, 4),
+        pytest.param(RingAttention, 4, marks=pytest.mark.slow),
         pytest.param(RingAttention, 8, marks=pytest.mark.slow),
         pytest.param(TokenRing, 8, marks=pytest.mark.slow),
     ],

@@ -172,6 +172,7 @@ def test_equal_chances_give_a_shallow_tree():
 
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10_000))
+@pytest.mark.slow
 def test_more_is_accepted_than_by_either_source_alone(seed):
     """Where the spine and the branches alone are parts of the tree."""
     rng = np.random.default_rng(seed)

@@ -101,7 +101,10 @@ def test_what_greedy_decoding_writes_is_likeliest():
             TokenSelect(budget=40, sinks=2, window=8, reuse=0.5, offload=True),
             marks=pytest.mark.slow,
         ),
-        LouisKV(budget=40, sinks=2, window=8, cluster=2, segment=3, offload=True),
+        pytest.param(
+            LouisKV(budget=40, sinks=2, window=8, cluster=2, segment=3, offload=True),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(EMS(budget=40, window=4, slack=4), marks=pytest.mark.slow),
         pytest.param(ActQKV(budget=40 + 8, sinks=0, window=40, block=4), marks=pytest.mark.slow),
     ],

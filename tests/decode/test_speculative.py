@@ -69,7 +69,10 @@ DRAFTERS = {
     "followers": Goose(size=12, width=4, deepest=0),
     "spine": Goose(size=6, width=0, deepest=6),
 }
-every = pytest.mark.parametrize("name", DRAFTERS)
+SLOW = ("layered", "followers", "spine")
+every = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in DRAFTERS]
+)
 OTHERS = {"draft": view(layers=1, seed=1)}
 
 
@@ -122,7 +125,7 @@ def test_a_draft_that_is_the_target_is_always_accepted():
         np.testing.assert_array_equal(found.statistics["accepted"], 16 - 3)
 
 
-@pytest.mark.parametrize("name", ["dynamic", "goose"])
+@pytest.mark.parametrize("name", ["dynamic", pytest.param("goose", marks=pytest.mark.slow)])
 def test_end_tokens_and_bounds_are_where_they_are_one_by_one(name):
     ends = tuple(np.unique(plain().tokens[:, 5:9]))[:2]
     expected = plain(end_ids=ends)
@@ -157,7 +160,9 @@ def test_prompts_of_other_lengths_compile_nothing(name):
     assert (_prefill._cache_size(), _decode._cache_size()) == sizes
 
 
-@pytest.mark.parametrize("name", ["chains", "dynamic", "goose"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("chains", marks=pytest.mark.slow), "dynamic", "goose"]
+)
 def test_a_row_depends_on_its_prompt_and_number_alone(name):
     sampler = Categorical(processors=(Temperature(value=1.3), TopK(k=9)))
     whole = run(DRAFTERS[name], sampler=sampler)
@@ -208,7 +213,7 @@ DISTRIBUTED = {
 }
 
 
-QUICK = ("chain", "spectr", "dynamic", "goose")
+QUICK = ("spectr", "dynamic")
 slowly = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in DISTRIBUTED]
 
 

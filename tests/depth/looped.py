@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
 from tokenlab.depth import MixtureOfRecursions, Recursive
@@ -12,6 +13,9 @@ from tokenlab.models import LinearHead, llama
 
 VOCABULARY = 23
 KEYS = ("recursion_wise", "shared", "hybrid")
+each = pytest.mark.parametrize(
+    "keys", [key if key == "hybrid" else pytest.param(key, marks=pytest.mark.slow) for key in KEYS]
+)
 PROGRAMS = {"all": Recursive, "routed": MixtureOfRecursions}
 
 

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 
 from kernels_pallas.block_sparse_attention import SlidingWindow
-from tests.depth.looped import KEYS, VOCABULARY, model_of, params_of, ragged, read, run
+from tests.depth.looped import VOCABULARY, each, model_of, params_of, ragged, read, run
 from tokenlab.attention import PermutedBlocks
 from tokenlab.cache import FullCache, RingCache
 from tokenlab.core.errors import UserError
 
 LENGTHS, SEED = (22, 13, 1), 5
 slow = pytest.mark.slow
-RUNS = [("routed", keys) for keys in KEYS] + [("all", "shared")]
-RUNS += [pytest.param("all", keys, marks=slow) for keys in ("recursion_wise", "hybrid")]
+RUNS = [("routed", "recursion_wise"), ("routed", "hybrid"), ("all", "shared")]
+RUNS += [
+    pytest.param(*one, marks=slow)
+    for one in [("routed", "shared"), ("all", "recursion_wise"), ("all", "hybrid")]
+]
 every = pytest.mark.parametrize(("program", "keys"), RUNS)
 
 
@@ -129,8 +132,8 @@ def packed(width=150, at=81, end=103):
 @pytest.mark.parametrize(
     ("program", "keys", "twin"),
     [
-        ("routed", "shared", False),
         ("routed", "hybrid", False),
+        pytest.param("routed", "shared", False, marks=slow),
         *[
             pytest.param(*one, marks=slow)
             for one in [
@@ -167,7 +170,7 @@ def test_gathered_tokens_equal_the_dense_run_in_value_and_gradient(program, keys
     assert all(np.any(leaf) for leaf in jax.tree.leaves(found[1]["block_0"]))
 
 
-@pytest.mark.parametrize("keys", KEYS)
+@each
 def test_a_tree_of_drafts_is_read_by_its_branches(keys):
     """Two branches after a prompt: what is accepted of one is as if the other had not been."""
     model, params = causal("routed", keys)
@@ -210,7 +213,7 @@ def test_a_tree_of_drafts_is_read_by_its_branches(keys):
     np.testing.assert_allclose(found[0], expected[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("keys", KEYS)
+@each
 def test_rows_are_cut_and_forked_where_recursions_have_holes(keys):
     """As if the later tokens had never been read, in the rows that go on."""
     model, params = causal("routed", keys)

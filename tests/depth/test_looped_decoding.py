@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.depth.looped import KEYS, VOCABULARY, model_of, params_of, run
+from tests.depth.looped import KEYS, VOCABULARY, each, model_of, params_of, run
 from tokenlab.cache import FullCache, PagedCache, PerLayer, RingCache, SinkCache
 from tokenlab.core.context import View
 from tokenlab.decode import Autoregressive, BeamSearch, Greedy, score_continuation
@@ -15,9 +15,6 @@ from tokenlab.decode.speculative import PromptLookup, Speculative
 
 KEY, SEED = jax.random.key(3), 5
 PROMPTS = [[1, 4, 9, 2, 7, 1, 4, 9], [3], [5, 5, 6, 5, 5, 6, 5], [12, 0, 3]]
-each = pytest.mark.parametrize(
-    "keys", [key if key == "hybrid" else pytest.param(key, marks=pytest.mark.slow) for key in KEYS]
-)
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Gates by hand, sizes, a dense twin, the ledger, shared parameters, causality."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +102,12 @@ def initialised(model, seed=0):
 
 def call(model, params, batch):
     arrays = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+    return _call(model, params, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _call(model, params, arrays):
+    arrays = dict(arrays)
     tokens = arrays.pop("tokens")
     if params is None:
         return model.init(jax.random.key(0), tokens, **arrays)
@@ -144,7 +152,10 @@ def test_gathered_tokens_equal_the_dense_run_in_value_and_gradient():
     assert all(np.any(leaf) for leaf in jax.tree.leaves(ours[1]["depth"]))
 
 
-@pytest.mark.parametrize("recursions", [2, 3, 4])
+@pytest.mark.parametrize(
+    "recursions",
+    [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)],
+)
 def test_the_ledger_is_what_the_card_says(recursions):
     length = 12 * 20
     mixture = small(recursions, layers=recursions, sharing="cycle")

@@ -90,7 +90,7 @@ def _assert_close(arrays, cotangents, *tokens, interpret, **options: Any):
     [
         (Causal(), {"heads": 4, "kv_heads": 2}, None),
         (SlidingWindow(size=40), {"dtype": jnp.float16, "width": 128}, 0.7),
-        (Even(), {"width": 40}, None),
+        pytest.param(Even(), {"width": 40}, None, marks=pytest.mark.slow),
         (Bidirectional(), {"width": 200, "kv_heads": 2}, 0.7),
     ],
     ids=str,
@@ -102,7 +102,9 @@ def test_values_and_gradients_agree_with_ref(interpret, rule, options, softcap):
     _assert_close(arrays, cotangents, tokens, rule=rule, softcap=softcap, interpret=interpret)
 
 
-@pytest.mark.parametrize("block_shape", [(64, 128), (128, 64)], ids=str)
+@pytest.mark.parametrize(
+    "block_shape", [(64, 128), pytest.param((128, 64), marks=pytest.mark.slow)], ids=str
+)
 def test_lists_in_any_order_with_other_keys_than_queries(interpret, block_shape):
     """Two rows, repeated and empty slots, a block of queries without a list."""
     lists = [[[1, -1, 0, 1], [-1, -1, -1, -1]], [[2, 0, -1, 9], [1, 2, -1, -1]]]
@@ -153,7 +155,9 @@ def test_a_row_out_of_order_is_nan_and_the_others_are_right(interpret):
         np.testing.assert_allclose(np.asarray(a[1], "f4"), np.asarray(b[1], "f4"), atol=0.02)
 
 
-@pytest.mark.parametrize(("length", "width"), [(330, 64), (150, 256)])
+@pytest.mark.parametrize(
+    ("length", "width"), [(330, 64), pytest.param(150, 256, marks=pytest.mark.slow)]
+)
 def test_nothing_races_and_every_slot_is_filled_again(length, width):
     """Up to six steps in two slots; in wide heads two warpgroups read the same keys."""
     arrays, cotangents = _arrays(length, width=width)

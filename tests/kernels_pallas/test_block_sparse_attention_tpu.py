@@ -102,7 +102,7 @@ def test_values_and_gradients_agree_with_ref(rule, kv_heads, softcap):
     _assert_equal(ours, run(impl="ref"))
 
 
-@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("kv_heads", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_of_long_rows_take_two_kernels(monkeypatch, kv_heads):
     """Where those of the queries overflow VMEM; here nothing fits. Nothing races there either."""
     monkeypatch.setattr(tpu_backward, "_RESIDENT_BYTES", 0)
@@ -312,7 +312,7 @@ def test_forward_and_backward_compile(topology, dtype, shape):
     _compile(TPU_SHAPES[shape], dtype, topology)
 
 
-@pytest.mark.parametrize("topology", ["v5e", "tpu7x"])
+@pytest.mark.parametrize("topology", ["v5e", pytest.param("tpu7x", marks=pytest.mark.slow)])
 def test_lists_and_softcap_compile(topology):
     """16 of 32 blocks of 128 keys."""
     shape = TPU_SHAPES["tpu-4096-grouped"]
@@ -324,7 +324,9 @@ def test_ragged_lengths_and_odd_widths_compile():
     _compile(shape, jnp.bfloat16, "v5e")
 
 
-@pytest.mark.parametrize("topology", aot.TPUS)
+@pytest.mark.parametrize(
+    "topology", [pytest.param(n, marks=() if n == "v5e" else pytest.mark.slow) for n in aot.TPUS]
+)
 def test_the_longest_rows_of_one_backward_kernel_fit(topology):
     """24576 queries of one head, twice 12 MiB of float32; one block more makes two kernels."""
     length, block, struct = 24576, 1024, jax.ShapeDtypeStruct
@@ -349,7 +351,7 @@ def test_the_longest_rows_of_one_backward_kernel_fit(topology):
     )
 
 
-@pytest.mark.parametrize("topology", ["v5e", "tpu7x"])
+@pytest.mark.parametrize("topology", ["v5e", pytest.param("tpu7x", marks=pytest.mark.slow)])
 def test_two_backward_kernels_compile(topology, monkeypatch):
     monkeypatch.setattr(tpu_backward, "_RESIDENT_BYTES", 0)
     shape = TPU_SHAPES["tpu-4096-grouped"]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from generations import every_generation
 from interpreting import STRICT
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
@@ -279,8 +280,7 @@ def _compiled(shape, dtype, topology, *, statistics, softcap=30.0, bias=True):
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("topology", aot.TPUS)
+@every_generation("bfloat16", "float32")
 def test_a_vocabulary_of_256k_compiles_with_next_to_no_temporary_memory(topology, dtype):
     compiled = _compiled(SHAPES["gemma-2-2b"], dtype, topology, statistics=True)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3

@@ -87,7 +87,7 @@ def test_half_the_work_is_half_the_cycles_and_twice_the_steps(product):
     assert half.steps - 2 == 2 * (whole.steps - 2)
 
 
-@pytest.mark.parametrize("name", ["v6e", "tpu7x"])
+@pytest.mark.parametrize("name", ["v6e", pytest.param("tpu7x", marks=pytest.mark.slow)])
 def test_newer_generations_need_fewer_cycles(product, name):
     (old,), (new,) = (product(block=512, inner=512, topology=aot.TPUS[n]) for n in ("v5e", name))
     assert new.cycles < 0.6 * old.cycles

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from generations import every_generation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,8 +114,7 @@ def test_a_mixture_of_dtypes_is_refused_by_the_kernel_alone():
     np.testing.assert_allclose(mixed(impl="xla"), mixed(impl="ref"), atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("topology", aot.TPUS.values(), ids=aot.TPUS)
+@every_generation("float32", "bfloat16")
 def test_it_compiles_for_every_generation(topology, dtype):
     shape = GROUPED_SHAPES["experts-64" if dtype == "bfloat16" else "experts-8"]
     arrays = (
@@ -124,7 +124,7 @@ def test_it_compiles_for_every_generation(topology, dtype):
         jax.ShapeDtypeStruct((shape.rows, shape.hidden), dtype),
     )
     both = functools.partial(_both, impl="tpu", config=None)
-    compiled = aot.compile_tpu(both, *arrays, topology=topology)
+    compiled = aot.compile_tpu(both, *arrays, topology=aot.TPUS[topology])
     assert compiled.memory_analysis().output_size_in_bytes > 0
 
 

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from generations import every_generation
 
 from kernels_pallas.common import aot
 from kernels_pallas.token_routing import gather_tokens, scatter_add_tokens
@@ -45,12 +46,11 @@ def _arguments(shape, dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("topology", aot.TPUS.values(), ids=aot.TPUS)
+@every_generation("float32", "bfloat16")
 def test_it_compiles_for_every_generation(topology, dtype):
     for name in NAMED[dtype]:
         shape = SHAPES[name]
-        compiled = aot.compile_tpu(_step, *_arguments(shape, dtype), topology=topology)
+        compiled = aot.compile_tpu(_step, *_arguments(shape, dtype), topology=aot.TPUS[topology])
         text = compiled.as_text()
         assert text.count('custom_call_target="tpu_custom_call"') == len(KERNELS)
         assert sorted(set(re.findall(r"(\w+)\)*/pallas_call", text))) == KERNELS

@@ -322,6 +322,7 @@ def test_what_cannot_be_quantised_is_said():
         Layerwise(quantizer=NVFP4())(model, params)
 
 
+@pytest.mark.slow
 def test_calibration_helps_on_its_own_inputs():
     """The error of the logits on the rows that were read, of two models."""
     wide = llama(vocab_size=40, dim=32, num_layers=1, num_heads=4, num_kv_heads=2, hidden_dim=64)
