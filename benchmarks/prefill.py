@@ -55,7 +55,8 @@ def measure(options):
     model, params = unrolled(model, params)
     mixer, width = model.block.mixer, model.attentions()[0].width(model.dim)
     base = mixer.rope_base * options.stretch ** (width / (width - 2))
-    model = config.replace(model, {"block.mixer.rope_base": base})
+    context = int(model.max_length * options.stretch)
+    model = config.replace(model, {"block.mixer.rope_base": base, "max_length": context})
     ids = text(tokenizer, options.length + options.new)
     prompt, rest = ids[None, : options.length], ids[None, options.length :]
     sizes = {"block": options.block, "span": options.span}

@@ -8,6 +8,7 @@ decoders write the same tokens, which is checked, and take turns in one process.
 
 import argparse
 import functools
+import pathlib
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from tokenlab.files import load_module
 from tokenlab.interop import load_pretrained
 from tokenlab.interop.assets import fetch_model
 
+GOOSE = pathlib.Path("experiments/decode/goose.py")
 DRAFTERS = {
     "lookup of 4": PromptLookup(length=4),
     "lookup of 8": PromptLookup(length=8),
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     model, params, tokenizer = load_pretrained(fetch_model("smollm2_135m"), dtype=options.dtype)
-    view, goose = View(model=model, params=params), load_module("experiments/decode/goose.py")
+    view, goose = View(model=model, params=params), load_module(GOOSE)
     for text in options.texts:
         for batch in options.batches:
             texts = goose.Repeating(drafter=Goose(), text=text, prompts=batch)
