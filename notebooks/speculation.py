@@ -15,10 +15,10 @@
 # # Speculation: how many tokens a pass writes
 # A drafter proposes a tree of continuations, the target reads all of it in one pass and keeps a
 # path that it could have written itself. What is written stays as it was; what changes is the
-# number of passes. Here: the tokens of each pass, by drafter. Three to four minutes on one core,
-# most of it compilation, and six more to train a small pair if no study has done so yet. What it
-# reads comes with `python -m tokenlab models fetch smollm2_135m` and
-# `python -m tokenlab data fetch NAME` for `english_prose` and `python_stdlib`.
+# number of passes. Here: the tokens of each pass, by drafter. About four minutes on one core, most
+# of it compilation, and six more to train a small pair if no study has done so yet. What it reads
+# comes with `python -m tokenlab models fetch smollm2_135m` and `python -m tokenlab data fetch NAME`
+# for `english_prose` and `python_stdlib`.
 
 # %%
 # %matplotlib inline
@@ -59,9 +59,9 @@ def written_by_pass(decoder, view, ids, **others):
 # %% [markdown]
 # ## Without a second model
 # SmolLM2-135M goes on, greedily, with code that stands in its prompt already and with prose that
-# does not. Drafts come from the context (copied from where the last tokens stood before; followers
-# that the model lately found likely; both, as Goose weighs them), all in trees of 32 nodes; or from
-# the first 20 of the model's own 30 layers, two tokens at a time.
+# does not. Drafts come from the context (copied from where the last tokens stood before, which is
+# prompt lookup; followers that the model lately found likely; both, as Goose weighs them), all in
+# trees of 32 nodes; or from the first 20 of the model's own 30 layers, two tokens at a time.
 
 # %%
 model, params, tokenizer = load_pretrained(fetch_model("smollm2_135m"))
@@ -117,9 +117,7 @@ plot_pass_lengths(lengths)
 each = np.concatenate([[1], rows["Goose"][0]])
 shades = np.repeat(each, each).tolist()
 pieces = [tokenizer.decode([int(i)]).decode("utf-8", "replace") for i in found["Goose"].tokens[0]]
-plot_token_values(
-    pieces, np.repeat(each, each).tolist(), label="tokens of the pass", colours="Blues"
-)
+plot_token_values(pieces, shades, label="tokens of the pass", colours="Blues")
 
 # %% [markdown]
 # ## With a second model

@@ -89,20 +89,19 @@ class Budget(Trial):
         """One text and one prompt for each depth."""
         view, tokenizer, texts = published()
         rng = np.random.default_rng(seed)
-        prompts, rest = [], []
         text, start = texts[seed % len(texts)], int(rng.integers(0, 1500))
         end = start + self.prompt - 1
-        prompts.append([tokenizer.bos_id, *text[start:end]])
-        rest.append(text[end : end + self.written])
+        prompts = [[tokenizer.bos_id, *text[start:end]]]
+        rest = [text[end : end + self.written]]
         for depth in self.depths:
             text = texts[rng.integers(len(texts))]
             animal, number = rng.choice(ANIMALS), int(rng.integers(1000, 10_000))
-            hay = text[start : start + self.prompt]
-            hidden = planted(
-                tokenizer, hay, depth=depth, length=self.prompt, animal=animal, number=number
-            )
-            prompts.append(hidden[0])
-            rest.append(hidden[1])
+            prompt, answer = planted(
+                tokenizer, text[start:], depth=depth, length=self.prompt, animal=animal,
+                number=number,
+            )  # fmt: skip
+            prompts.append(prompt)
+            rest.append(answer)
         scored = score_continuation(view, self.policy, prompts, rest)
         needles = scored.logp[1:].sum(axis=1) / scored.lengths[1:]
         return Measured(
@@ -132,18 +131,14 @@ def policies(budget: int) -> dict[str, CachePolicy]:
 def study() -> Study:
     """A tenth, a fifth and three eighths of the prompt."""
     arms = {"full cache at 1000": Budget(policy=FullCache(), budget=1000)}
-    claims = []
+    claims, claim = [], functools.partial(Claim, metric="needle/nats_per_token")
     for budget in BUDGETS:
         arms |= {
             f"{name} at {budget}": Budget(policy=policy, budget=budget)
             for name, policy in policies(budget).items()
         }
         claims += [
-            Claim(
-                arm=f"{name} at {budget}",
-                than=f"sink and recent at {budget}",
-                metric="needle/nats_per_token",
-            )
+            claim(arm=f"{name} at {budget}", than=f"sink and recent at {budget}")
             for name in ("EMS", "PageTopK", "TokenSelect", "LouisKV", "ActQKV")
         ]
     return Study(

@@ -89,9 +89,9 @@ def _decoded(
     rows, tokens = k.shape[:2]
 
     def entries(start: Array | int, size: int) -> Entries:
-        asks, keys = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (q, k))
+        queries, keys = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (q, k))
         places = jnp.broadcast_to(start + jnp.arange(size)[None], (rows, size))
-        return Entries(asks, keys, keys, places, jnp.ones_like(places))
+        return Entries(queries, keys, keys, places, jnp.ones_like(places))
 
     state = policy.init(Room(rows, tokens, k.dtype), heads)
     state = policy.append(state, entries(0, prompt), heads=heads)
