@@ -493,7 +493,8 @@ def test_the_ledger_counts_the_products_that_are_computed():
     params = initialised(module, **arrays)
     traced = jax.make_jaxpr(lambda x: module.apply({"params": params}, **arrays | {"x": x}))
     where = {name: arrays[name] for name in ("positions", "segments")}
-    pairs = module.pairs(active=jnp.ones((1, 1, 32), bool), **where)
+    everywhere = jnp.ones((1, 1, 32), bool)
+    pairs = module.pairs(active=everywhere, read=everywhere, **where)
     assert float(pairs) == 32 * 4
     counted = 32 * module.flops(DIM) + float(pairs) * module.flops_per_pair(DIM)
     assert products(traced(arrays["x"]).jaxpr) == counted
