@@ -74,7 +74,7 @@ def _peers(
     if options.llama_cpp:
         call = ("llama_cpp.py", "decode", *sizes, "--model", options.model)
         peers["llama.cpp, stored"] = Peer(options.llama_cpp, *call)
-        peers["llama.cpp, float32"] = Peer(options.llama_cpp, *call, "--weights", "float32")
+        peers["llama.cpp, float32"] = Peer(options.llama_cpp, *call, "--float32")
     return peers
 
 

@@ -37,13 +37,16 @@ def measure(view, prompts, *, new, repeats):
     decoders = {"plain": Autoregressive(**common)} | {
         name: Speculative(drafter=drafter, **common) for name, drafter in DRAFTERS.items()
     }
-    run = {
-        name: functools.partial(decoder, view, prompts, key=jax.random.key(0))
-        for name, decoder in decoders.items()
-    }
-    found = {name: one() for name, one in run.items()}
-    timings = in_turn({name: lambda one=one: one().tokens for name, one in run.items()},
-                      repeats=repeats)  # fmt: skip
+    found = {}
+
+    def run(name, decoder):
+        found[name] = decoder(view, prompts, key=jax.random.key(0))
+        return found[name].tokens
+
+    timings = in_turn(
+        {name: functools.partial(run, name, one) for name, one in decoders.items()},
+        repeats=repeats,
+    )
     plain = timings["plain"]
     for name, timing in timings.items():
         line = f"  {name:12} {len(prompts) * new / timing.best:6.1f} tokens/s best"
@@ -70,9 +73,8 @@ def main() -> None:
     view, goose = View(model=model, params=params), load_module(GOOSE)
     for text in options.texts:
         for batch in options.batches:
-            texts = goose.Repeating(drafter=Goose(), text=text, prompts=batch)
             print(f"{text}, batch {batch}")
-            prompts = texts.texts(tokenizer, seed=0)
+            prompts = goose.texts(tokenizer, text, count=batch, seed=0)
             measure(view, prompts, new=options.new, repeats=options.repeats)
 
 

@@ -2,7 +2,7 @@
 
 Runs in an environment of its own (``pip install xllamacpp gguf``); it imports nothing of tokenlab.
 
-python llama_cpp.py decode BATCH PROMPT NEW --model FILE.gguf [--weights float32|float16]
+python llama_cpp.py decode BATCH PROMPT NEW --model FILE.gguf [--float32]
 """
 
 import argparse
@@ -17,11 +17,11 @@ import gguf
 import xllamacpp
 
 
-def rewritten(path, weights, folder):
-    """The file with its matrices dequantised to ``weights``; vectors stay float32."""
+def dequantised(path, folder):
+    """The file with its weights in float32."""
     reader = gguf.GGUFReader(path)
     name = reader.get_field("general.architecture").contents()
-    out = pathlib.Path(folder) / f"{weights}.gguf"
+    out = pathlib.Path(folder) / "float32.gguf"
     writer = gguf.GGUFWriter(out, name)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in (
@@ -32,8 +32,7 @@ def rewritten(path, weights, folder):
         inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
     for tensor in reader.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.astype(weights if values.ndim > 1 else "float32"))
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -60,16 +59,14 @@ def main():
     parser.add_argument("sizes", nargs=3, type=int)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--weights", choices=["float32", "float16"])
+    parser.add_argument("--float32", action="store_true")
     options = parser.parse_args()
     batch, prompt, new = options.sizes
     # Its log goes to standard output, which is the line to whoever drives this.
     ours = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory() as folder:
-        path = options.model
-        if options.weights:
-            path = rewritten(path, options.weights, folder)
+        path = dequantised(options.model, folder) if options.float32 else options.model
         server = serving(path, batch, prompt + new + 64, options.threads)
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 40_000) for _ in range(prompt)] for _ in range(batch)]

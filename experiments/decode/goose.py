@@ -53,7 +53,7 @@ class Repeating(Trial):
     def measure(self, *, seed: int) -> Measured:
         """``tokens_per_pass`` of the target."""
         model, params, tokenizer = load_pretrained(fetch_model("smollm2_135m"))
-        ids = self.texts(tokenizer, seed=seed)
+        ids = texts(tokenizer, self.text, count=self.prompts, seed=seed)
         decoder = Speculative(
             drafter=self.drafter, sampler=Greedy(), max_new_tokens=self.new_tokens, end_ids=()
         )
@@ -64,20 +64,23 @@ class Repeating(Trial):
             costs={"nodes": float(self.drafter.nodes), "new_tokens": float(found.lengths.sum())},
         )
 
-    def texts(self, tokenizer: Tokenizer, *, seed: int) -> list[list[int]]:
-        """The token ids of the prompts."""
-        corpus = TfdsCorpus(name="python_stdlib" if self.text == "code" else "english_prose")
-        documents, rng = corpus.documents("held_out"), np.random.default_rng(seed)
-        ids = []
-        for number in rng.permutation(len(documents)):
-            tokens = tokenizer.encode(documents[int(number)].text[:2000])
-            if len(tokens) < 180:
-                continue
-            shown = tokens[20:180]
-            ids.append([*shown, *shown[:40]] if self.text == "code" else shown)
-            if len(ids) == self.prompts:
-                break
-        return ids
+
+def texts(
+    tokenizer: Tokenizer, kind: Literal["code", "prose"], *, count: int, seed: int
+) -> list[list[int]]:
+    """The token ids of ``count`` prompts."""
+    corpus = TfdsCorpus(name="python_stdlib" if kind == "code" else "english_prose")
+    documents, rng = corpus.documents("held_out"), np.random.default_rng(seed)
+    ids = []
+    for number in rng.permutation(len(documents)):
+        tokens = tokenizer.encode(documents[int(number)].text[:2000])
+        if len(tokens) < 180:
+            continue
+        shown = tokens[20:180]
+        ids.append([*shown, *shown[:40]] if kind == "code" else shown)
+        if len(ids) == count:
+            break
+    return ids
 
 
 def study() -> Study:

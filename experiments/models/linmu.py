@@ -11,7 +11,7 @@ at every seed; what the student begins with and reads is not.
 Paper:    Hongjie Wang, Niraj K. Jha, "LinMU: Multimodal Understanding Made Linear", 2026,
           arXiv:2601.01322
 Command:  python -m tokenlab study experiments/models/linmu.py
-Hardware: one CPU core, about eight minutes, two of them for the teacher.
+Hardware: two CPU cores; sixteen minutes beside other work, the teacher trained before.
 Expected: of the ten answers the student gets 0.67 right where the teacher gets 0.79. It needs both
           branches: the state space alone has 0.26 of the neighbours (both 0.61), windows alone
           0.12 of the counts (both 0.96). Work of a patch and bytes of the state do not grow with

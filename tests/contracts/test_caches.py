@@ -145,7 +145,7 @@ def test_the_table_holds_every_public_member():
         for member in vars(tokenlab.cache).values()
         if inspect.isclass(member) and issubclass(member, CachePolicy)
     }
-    # A state without entries: tests/models/test_linmu.py.
+    # A state without entries: tests/models/test_linmu_decoding.py.
     assert public - {CachePolicy, Recurrent} == {type(row.small) for row in TABLE.values()}
 
 

@@ -87,7 +87,7 @@ def test_the_real_step_takes_its_batches_and_gives_back_its_state(name):
     }
     before = trainer.abstract_state()
     with placed_on(trainer.mesh):
-        after, metrics = jax.eval_shape(trainer._step, before, batch)
+        after, metrics = jax.eval_shape(trainer._step, before, batch, trainer.frozen)
     assert jax.tree.map(shape_of, after) == jax.tree.map(shape_of, before)
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
     assert shape_of(metrics.loss) == ((), jnp.dtype("float32"))

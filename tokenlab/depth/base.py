@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.struct
 import jax
 from flax import linen as nn
 
 from tokenlab.cache import Cache
-from tokenlab.core.arrays import Array, Bool, Hidden, Int, Positions, Segments
+from tokenlab.core.arrays import Array, Bool, Hidden, Int, Positions, Prompt, Segments
 from tokenlab.core.weighted import Weighted
 
 
@@ -63,8 +63,6 @@ class DepthProgram(nn.Module, abc.ABC):
     """
 
     remat: Remat = "none"
-    # Whether calls take ``prompt`` (bool [B, T] or None), and layers are told it.
-    tells_prompt: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(
@@ -77,8 +75,13 @@ class DepthProgram(nn.Module, abc.ABC):
         segments: Segments,
         cache: Cache | None = None,
         train: bool = False,
+        prompt: Prompt | None = None,
     ) -> tuple[Hidden, DepthTrace, Cache | None]:
-        """Runs the stack; returns the stream, the trace and the new caches."""
+        """Runs the stack; returns the stream, the trace and the new caches.
+
+        Raises:
+            UserError: a prompt is marked, and the program does not tell its layers.
+        """
 
     @nn.nowrap
     @abc.abstractmethod

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tokenlab.cache import Cache
-from tokenlab.core.arrays import Array, Bool, Hidden, Positions, Segments
+from tokenlab.core.arrays import Array, Bool, Hidden, Positions, Prompt, Segments
 from tokenlab.core.errors import UserError
 from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
 from tokenlab.depth.loop_keys import KeySharing, LoopKeys
@@ -68,8 +68,14 @@ class Recursive(DepthProgram):
         segments: Segments,
         cache: Cache | None = None,
         train: bool = False,
+        prompt: Prompt | None = None,
     ) -> tuple[Hidden, DepthTrace, Cache | None]:
         """Runs the ends on all tokens and the loop on those that come to each recursion."""
+        if prompt is not None:
+            raise UserError(
+                f"{type(self).__name__} does not tell its layers which tokens are the prompt; "
+                "use depth=Sequential(), or data without a prompt"
+            )
         layers = self._layers(block, num_layers)
         count = len(self.cached_layers(num_layers))
         own = [None if cache is None else cache.layer(i) for i in range(count)]

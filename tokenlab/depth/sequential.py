@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -24,7 +22,6 @@ class Sequential(DepthProgram):
     """
 
     scan: bool = False
-    tells_prompt: ClassVar[bool] = True
 
     @nn.compact
     def __call__(

@@ -229,15 +229,23 @@ class Attention(Mixer):
 
     def _blocks(self, new: Entries, keys: Entries) -> Int[Array, "B Q N"]:
         """Blocks of keys of which a block of queries sees any; -1 in the place of others."""
-        shown = self.rule(
-            new.positions[:, :, None], keys.positions[:, None],
-            new.segments[:, :, None], keys.segments[:, None],
-        )  # fmt: skip
-        rows, columns = (-size % _BLOCK for size in shown.shape[1:])
-        shown = jnp.pad(shown, ((0, 0), (0, rows), (0, columns)))
-        shape = (len(shown), shown.shape[1] // _BLOCK, _BLOCK, shown.shape[2] // _BLOCK, _BLOCK)
-        listed = jnp.any(shown.reshape(shape), axis=(2, 4))
-        return jnp.where(listed, jnp.arange(shape[3], dtype=jnp.int32)[None, None], -1)
+
+        def blocks(x: Int[Array, "B S"]) -> Int[Array, "B N 128"]:
+            return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _BLOCK))).reshape(len(x), -1, _BLOCK)
+
+        kv_positions, kv_segments = blocks(keys.positions), blocks(keys.segments)
+
+        def seen(rows: tuple[Array, Array]) -> Bool[Array, "B N"]:
+            positions, segments = (x[:, None, :, None] for x in rows)
+            shown = self.rule(
+                positions, kv_positions[:, :, None], segments, kv_segments[:, :, None]
+            )
+            return jnp.any(shown, axis=(2, 3))
+
+        # A block of queries at a time, so that no mask of all pairs is made.
+        rows = tuple(blocks(x).swapaxes(0, 1) for x in (new.positions, new.segments))
+        listed = jax.lax.map(seen, rows).swapaxes(0, 1)
+        return jnp.where(listed, jnp.arange(listed.shape[2], dtype=jnp.int32)[None, None], -1)
 
     def _within(
         self,

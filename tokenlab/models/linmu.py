@@ -116,7 +116,8 @@ class MMATE(Mixer):
             )  # fmt: skip
             parts["local"] = local(x, positions=positions, vision=vision)
             if cache is not None:
-                cache = cache.replace(pairs=cache.pairs + self._pairs(vision, positions))
+                read = self._partners(vision, positions)
+                cache = cache.replace(pairs=cache.pairs + jnp.sum(read, axis=1))
         if self.branches == "both":
             weights = nn.sigmoid(
                 Linear(2, axes=("embed", "norm"), bias=True, zero=True, name="combine")(x)
@@ -171,21 +172,19 @@ class MMATE(Mixer):
         if self.branches == "flex":
             return jnp.float32(0)
 
-        def count(total: Scalar, active_BxT: Array) -> tuple[Scalar, None]:
-            vision = self.grid.spans(segments > 0, positions=positions, segments=segments)
-            return total + jnp.sum(self._pairs(vision & active_BxT, positions)), None
-
-        return jax.lax.scan(count, jnp.float32(0), active)[0]
+        vision = self.grid.spans(segments > 0, positions=positions, segments=segments)
+        partners = self._partners(vision, positions)
+        return jnp.sum(jnp.where(active, partners[None], 0.0))
 
     @nn.nowrap
-    def _pairs(self, vision: Bool[Array, "B T"], positions: Positions) -> Float[Array, " B"]:
-        """Pairs per row: of each patch the patches of its window."""
+    def _partners(self, vision: Bool[Array, "B T"], positions: Positions) -> Float[Array, "B T"]:
+        """Patches in the window of each patch."""
         patches = self.grid.windows(self.window, shifted=self.shifted)
         sizes = np.zeros(self.grid.size, np.float32)
         inside = patches >= 0
         sizes[patches[inside]] = np.repeat(inside.sum(axis=1), inside.sum(axis=1))
         patch = jnp.where(vision, positions - self.grid.start, 0)
-        return jnp.sum(jnp.where(vision, jnp.take(jnp.asarray(sizes), patch), 0.0), axis=1)
+        return jnp.where(vision, jnp.take(jnp.asarray(sizes), patch), 0.0)
 
 
 def linmu(

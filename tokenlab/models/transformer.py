@@ -13,7 +13,6 @@ from jaxtyping import PyTree
 
 from tokenlab.cache import Cache, CachePolicy, Room
 from tokenlab.core.arrays import Array, Float, Hidden, Logits, Positions, Prompt, Segments, Tokens
-from tokenlab.core.errors import UserError
 from tokenlab.core.ledger import Ledger
 from tokenlab.core.parameters import parameter
 from tokenlab.core.projection import SharedRows
@@ -165,12 +164,6 @@ class Transformer(nn.Module):
         Raises:
             UserError: a prompt is marked, and the depth program does not tell its layers.
         """
-        if prompt is not None and not self.depth.tells_prompt:
-            raise UserError(
-                f"{type(self.depth).__name__} does not tell its layers which tokens are the prompt;"
-                " use depth=Sequential(), or data without a prompt"
-            )
-        given = {} if prompt is None else {"prompt": prompt}
         if self.is_initializing():
             self.head(self.embedding)
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
@@ -183,7 +176,7 @@ class Transformer(nn.Module):
             segments=segments,
             cache=cache,
             train=train,
-            **given,
+            prompt=prompt,
         )
         return ModelOutput(hidden=self.norm(x), trace=trace, cache=cache)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import flax.struct
@@ -100,8 +99,8 @@ class Trainer:
         key, model = stream(self.seed, "init"), model or self.model
         return model.init(key, tokens, positions=tokens, segments=tokens + 1)["params"]
 
-    def _first(self) -> TrainState:
-        params = nn.meta.unbox(self._params())
+    def _first(self, params: PyTree | None = None) -> TrainState:
+        params = nn.meta.unbox(self._params()) if params is None else params
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -134,12 +133,9 @@ class Trainer:
         """
         out = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         with placed_on(self.mesh):
-            state = jax.jit(self._first, out_shardings=out)()
-            if params is None:
-                return state
-            params = jax.device_put(params, out.params)
-            ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
-            return state.replace(params=params, ema=ema)
+            if params is not None:
+                params = jax.device_put(params, out.params)
+            return jax.jit(self._first, out_shardings=out)(params)
 
     def put(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """This process's rows as global device arrays."""
@@ -149,14 +145,17 @@ class Trainer:
             for name, rows in batch.items()
         }
 
+    def _frozen_shardings(self) -> dict[str, PyTree]:
+        return {
+            name: shardings(jax.eval_shape(functools.partial(self._params, view.model)), self.mesh)
+            for name, view in self.views.items()
+        }
+
     @functools.cached_property
     def frozen(self) -> dict[str, PyTree]:
         """The parameters of the other views, on the devices of the mesh."""
-        return {
-            name: jax.device_put(view.params, shardings(boxed, self.mesh))
-            for name, view in self.views.items()
-            for boxed in [jax.eval_shape(functools.partial(self._params, view.model))]
-        }
+        placed = self._frozen_shardings()
+        return {name: jax.device_put(self.views[name].params, placed[name]) for name in placed}
 
     @functools.cached_property
     def jitted(self) -> jax.stages.Wrapped:
@@ -184,13 +183,21 @@ class Trainer:
             for name, dtype in (dtypes | {"weights": jnp.float32}).items()
         }
         with placed_on(self.mesh):
-            return self.jitted.lower(self.abstract_state(), batch, self.frozen)
+            placed = self._frozen_shardings()
+            frozen = jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=sharding
+                ),
+                {name: self.views[name].params for name in placed},
+                placed,
+            )
+            return self.jitted.lower(self.abstract_state(), batch, frozen)
 
     def _step(
         self,
         state: TrainState,
         batch: Mapping[str, Array],
-        frozen: Mapping[str, PyTree] = MappingProxyType({}),
+        frozen: Mapping[str, PyTree],
     ) -> tuple[TrainState, StepMetrics]:
         key = stream(self.seed, "step", state.step)
         others = {
