@@ -1,4 +1,4 @@
-"""LinMU's block: against its teacher, who sees whom, and what all mixers promise."""
+"""LinMU's block ``MMATE``: against its teacher, who sees whom, and what all mixers promise."""
 
 import jax
 import jax.numpy as jnp
