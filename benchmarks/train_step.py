@@ -32,7 +32,7 @@ class Step:
         self.trainer = Trainer(
             model=transformer_15m(),
             objective=Objective(terms={"next_token": Term(loss=NextToken())}),
-            optimizer=optimizer.build(schedule),
+            optimizer=optimizer.build(clock),
             schedule=schedule,
             mesh=MeshShape().build(),
         )

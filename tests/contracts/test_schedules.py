@@ -20,9 +20,11 @@ from tokenlab.depth import Sequential
 from tokenlab.models import llama
 from tokenlab.train import optimizer
 from tokenlab.train.optimizer import (
+    SGD,
     AdamW,
     Constant,
     Cosine,
+    Group,
     Muon,
     Optimizer,
     Schedule,
@@ -82,7 +84,7 @@ TABLE = {
         ),
     ),
 }
-OPTIMIZERS = {AdamW, Muon}
+OPTIMIZERS = {SGD, AdamW, Muon}
 CASES = [case for cases in TABLE.values() for case in cases]
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.schedule))
 
@@ -110,7 +112,9 @@ def test_equals_the_closed_form_from_the_first_step_to_the_end(case):
 
 @every
 def test_the_object_is_its_own_config(case):
-    optimizers = [member(learning_rate=case.schedule, clip_norm=None) for member in OPTIMIZERS]
+    optimizers = [
+        member(learning_rate=case.schedule, trained=("block_*",)) for member in OPTIMIZERS
+    ]
     for part in (case.schedule, *optimizers):
         loaded = config.load(config.dump(part))
         assert loaded == part and hash(loaded) == hash(part)
@@ -164,8 +168,7 @@ def test_adamw_equals_the_published_update(clip):
     params, *gradients = (
         {name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(6)
     )
-    schedule = part.learning_rate.build(CLOCK)
-    transform = part.build(schedule)
+    transform = part.build(CLOCK)
     step = jax.jit(lambda g, s, p: transform.update(g, s, p))
     found = jax.tree.map(jnp.float32, nested(params))
     state = transform.init(found)
@@ -192,8 +195,8 @@ def test_weight_decay_spares_norms_and_reaches_every_matrix(scan):
         )["params"]
     )
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params)
-    part = AdamW(learning_rate=Constant(peak=PEAK, warmup=1), weight_decay=0.5)
-    transform = part.build(lambda count: PEAK)
+    part = AdamW(learning_rate=Constant(peak=PEAK), weight_decay=0.5)
+    transform = part.build(CLOCK)
     nothing = jax.tree.map(np.zeros_like, params)
     # With no gradient the whole update is the decay.
     updates, _ = jax.jit(lambda g, p: transform.update(g, transform.init(p), p))(nothing, params)
@@ -206,8 +209,8 @@ def test_weight_decay_spares_norms_and_reaches_every_matrix(scan):
 
 
 def test_an_update_is_bounded_by_the_clipped_gradient():
-    part = AdamW(learning_rate=Constant(peak=PEAK), b1=0.0, weight_decay=0.0, epsilon=1.0, b2=0.0)
-    transform = part.build(lambda count: 1.0)
+    part = AdamW(learning_rate=Constant(peak=1.0), b1=0.0, weight_decay=0.0, epsilon=1.0, b2=0.0)
+    transform = part.build(CLOCK)
     params = {"kernel": jnp.zeros(3)}
     gradient = {"kernel": jnp.asarray([300.0, 0.0, 400.0])}
     updates, _ = transform.update(gradient, transform.init(params), params)
@@ -260,7 +263,7 @@ def test_muon_equals_the_published_update_and_leaves_the_rest_to_adamw(shape):
     params, *gradients = (tree() for _ in range(6))
     found = {}
     for one in (part, adamw):
-        transform = one.build(one.learning_rate.build(CLOCK))
+        transform = one.build(CLOCK)
         step = jax.jit(transform.update)
         value = jax.tree.map(jnp.float32, params)
         state = transform.init(value)
@@ -296,12 +299,12 @@ def test_what_is_not_trained_stays_and_the_rest_moves_as_if_alone(member):
 
     params, gradient = tree(), tree()
     part = member(learning_rate=Constant(peak=PEAK), trained=("block_*/kernel",))
-    transform = part.build(lambda count: PEAK)
+    transform = part.build(CLOCK)
     state = transform.init(params)
     updates, _ = jax.jit(transform.update)(gradient, state, params)
     assert not np.any(updates["head"]["kernel"])
     blocks, pushed = ({k: v for k, v in t.items() if k != "head"} for t in (params, gradient))
-    whole = member(learning_rate=Constant(peak=PEAK)).build(lambda count: PEAK)
+    whole = member(learning_rate=Constant(peak=PEAK)).build(CLOCK)
     expected, _ = jax.jit(whole.update)(pushed, whole.init(blocks), blocks)
     for name, leaf in expected.items():
         np.testing.assert_allclose(updates[name]["kernel"], leaf["kernel"], rtol=1e-6)
@@ -310,4 +313,42 @@ def test_what_is_not_trained_stays_and_the_rest_moves_as_if_alone(member):
     assert kept <= 2 * 2 * 16 + 8
     assert config.load(config.dump(part)) == part
     with pytest.raises(UserError, match=r"names no parameter by nothing/\*"):
-        dataclasses.replace(part, trained=("*", "nothing/*")).build(lambda _: PEAK).init(params)
+        dataclasses.replace(part, trained=("*", "nothing/*")).build(CLOCK).init(params)
+
+
+def test_a_group_moves_by_its_own_rule_and_the_rest_as_if_it_were_not_there():
+    rng = np.random.default_rng(0)
+
+    def tree():
+        names = ("balance", "kernel", "fixed")
+        return {name: jnp.asarray(rng.normal(size=(4, 4)), jnp.float32) for name in names}
+
+    params, gradient = tree(), tree()
+    own = SGD(learning_rate=Constant(peak=1e-3), sign=True)
+    part = AdamW(
+        learning_rate=Constant(peak=PEAK),
+        trained=("kernel",),
+        groups=(Group(parameters=("bal*",), optimizer=own),),
+    )
+    transform = part.build(CLOCK)
+    updates, _ = jax.jit(transform.update)(gradient, transform.init(params), params)
+    expected = -1e-3 * np.sign(gradient["balance"])
+    np.testing.assert_allclose(updates["balance"], expected, rtol=1e-6)
+    assert not np.any(updates["fixed"])
+    alone = AdamW(learning_rate=Constant(peak=PEAK)).build(CLOCK)
+    one, pushed = {"kernel": params["kernel"]}, {"kernel": gradient["kernel"]}
+    whole, _ = alone.update(pushed, alone.init(one), one)
+    np.testing.assert_allclose(updates["kernel"], whole["kernel"], rtol=1e-6)
+    assert config.load(config.dump(part)) == part
+    with pytest.raises(UserError, match="names no parameter by nobody"):
+        nobody = Group(parameters=("nobody",), optimizer=own)
+        dataclasses.replace(part, groups=(nobody,)).build(CLOCK).init(params)
+
+
+@pytest.mark.parametrize("sign", [False, True])
+def test_gradient_descent_is_the_gradient_or_its_sign(sign):
+    transform = SGD(learning_rate=Constant(peak=PEAK), sign=sign).build(CLOCK)
+    gradient = {"kernel": jnp.asarray([3.0, -0.5, 0.0])}
+    updates, _ = transform.update(gradient, transform.init(gradient), gradient)
+    step = np.sign(gradient["kernel"]) if sign else np.asarray(gradient["kernel"])
+    np.testing.assert_allclose(updates["kernel"], -PEAK * step, rtol=1e-6)

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from tokenlab import config
 from tokenlab.core.context import Context, View
+from tokenlab.core.duration import Clock
 from tokenlab.models import LinearHead, Transformer, VQHead, llama
 from tokenlab.models.codes import (
     code_entropy,
@@ -257,7 +258,7 @@ def test_the_projection_gap_is_a_loop_and_the_floor_where_there_is_no_context():
 def test_training_moves_the_codebook_and_leaves_the_map():
     optimizer = AdamW(learning_rate=Constant(peak=0.1), weight_decay=0.5)
     network, params, codes = with_empty_codes()
-    transform = optimizer.build(lambda step: 0.1)
+    transform = optimizer.build(Clock(tokens_per_step=1))
     state, moved = transform.init(params), params
     for _ in range(3):
         _, gradients, _ = measure(network, NextToken(), moved)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,6 +23,7 @@ from tokenlab.core.arrays import Array, Hidden, PRNGKeyArray, Values
 from tokenlab.core.errors import UserError
 from tokenlab.core.per_device import mesh_axes, per_device
 from tokenlab.core.projection import SharedRows
+from tokenlab.core.reports import REPORTS
 from tokenlab.core.rng import stream
 
 LossImpl = Literal["ref", "xla", "tpu"]
@@ -47,9 +48,18 @@ class View:
     model: nn.Module
     params: PyTree
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """``model.apply`` with these parameters; ``method`` names another method than the call."""
-        return self.model.apply({"params": self.params}, *args, **options)
+    def __call__(self, *args: Any, mutable: Sequence[str] = (), **options: Any) -> Any:
+        """``model.apply`` with these parameters, by which layers may report.
+
+        Args:
+            args: of the model.
+            mutable: collections to return beside the output.
+            options: of ``apply``; ``method`` names another method than the call.
+        """
+        out, kept = self.model.apply(
+            {"params": self.params}, *args, mutable=[REPORTS, *mutable], **options
+        )
+        return (out, kept) if mutable else out
 
 
 class Context:
@@ -90,17 +100,16 @@ class Context:
         return self._outputs[view]
 
     def _run(self, view: str, **options: Any) -> Any:
-        """A forward pass, with ``options`` of ``apply``."""
-        batch = self.batch
-        rngs = {} if self._key is None else {"dropout": stream(self._key, "dropout")}
-        given = {"prompt": batch["prompt"]} if "prompt" in batch else {}
+        """A forward pass, with ``options`` of ``View``."""
+        batch, key = self.batch, self._key
+        options |= {name: batch[name] for name in ("prompt",) if name in batch}
+        rngs = {} if key is None else {name: stream(key, name) for name in ("dropout", "routes")}
         return self._views[view](
             batch["tokens"],
             positions=batch["positions"],
             segments=batch["segments"],
             train=self.train,
             rngs=rngs,
-            **given,
             **options,
         )
 

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from tokenlab.cache import Cache, CachePolicy
 from tokenlab.core.arrays import Array, Float, Hidden, Int
+from tokenlab.core.context import View
 from tokenlab.core.ledger import Ledger
 from tokenlab.decode.processors import History
 from tokenlab.models import Transformer
@@ -26,6 +27,7 @@ class Spent(flax.struct.PyTreeNode):
         slots: positions computed, padding included.
         tokens: tokens read.
         projected: positions whose logits were asked for.
+        flops: operations that layers report beside those that every token costs.
     """
 
     runs: Float[Array, " R"]
@@ -33,6 +35,7 @@ class Spent(flax.struct.PyTreeNode):
     slots: Float[Array, ""]
     tokens: Float[Array, ""]
     projected: Float[Array, ""]
+    flops: Float[Array, ""]
 
     def after(self, out: Any, segments: Int[Array, "B T"], projected: Array | int = 0) -> Spent:
         """With one more pass.
@@ -48,6 +51,7 @@ class Spent(flax.struct.PyTreeNode):
             slots=self.slots + segments.size,
             tokens=self.tokens + jnp.sum(segments > 0),
             projected=self.projected + projected,
+            flops=self.flops + out.trace.flops,
         )
 
     def plus(self, other: Spent) -> Spent:
@@ -59,7 +63,7 @@ def nothing_spent(model: Transformer) -> Spent:
     """Before the first pass."""
     zero = jnp.float32(0)
     applications = model.depth.projects(model.num_layers)
-    return Spent(jnp.zeros(len(applications)), zero, zero, zero, zero)
+    return Spent(jnp.zeros(len(applications)), zero, zero, zero, zero, zero)
 
 
 def ledger(
@@ -89,7 +93,7 @@ def ledger(
         slots=float(spent.slots),
         block_tokens=float(spent.runs.sum()),
         attended_pairs=float(np.sum(pairs)),
-        flops=float(model.flops(spent.runs, pairs) + spent.projected * projection),
+        flops=float(model.flops(spent.runs, pairs) + spent.projected * projection + spent.flops),
         cache_entries=float(np.sum(held)),
         cache_bytes=float(np.dot(held, widths)) * jnp.dtype(model.dtype).itemsize,
     )
@@ -111,9 +115,8 @@ def read(
     segments: Int[Array, "B T"],
 ) -> Any:
     """One pass over ``cache``; gives ``models.ModelOutput``."""
-    return model.apply(
-        {"params": params}, tokens, positions=positions, segments=segments, cache=cache
-    )
+    view = View(model=model, params=params)
+    return view(tokens, positions=positions, segments=segments, cache=cache)
 
 
 def logits_of(model: Transformer, params: PyTree, hidden: Hidden) -> Float[Array, "B T V"]:

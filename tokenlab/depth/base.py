@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -11,7 +12,18 @@ import jax
 from flax import linen as nn
 
 from tokenlab.cache import Cache
-from tokenlab.core.arrays import Array, Bool, Hidden, Int, Positions, Prompt, Segments
+from tokenlab.core.arrays import (
+    Array,
+    Bool,
+    Float,
+    Hidden,
+    Int,
+    Positions,
+    Prompt,
+    Scalar,
+    Segments,
+)
+from tokenlab.core.reports import Reports
 from tokenlab.core.weighted import Weighted
 
 
@@ -24,12 +36,25 @@ class DepthTrace:
         active: which tokens went through each of the R applications.
         aux: named auxiliary losses, to be weighed by the objective.
         read: which tokens of the pass each application could read; None where only active ones.
+        figures: figures of tokens that layers report by name, as ``core.reports`` says.
+        flops: operations that layers report beside those that every token costs.
     """
 
     depth: Int[Array, "B T"]
     active: Bool[Array, "R B T"]
     aux: dict[str, Weighted] = flax.struct.field(default_factory=dict)
     read: Bool[Array, "R B T"] | None = None
+    figures: dict[str, Float[Array, "L B T"]] = flax.struct.field(default_factory=dict)
+    flops: Scalar | float = 0.0
+
+    def reporting(self, reports: Reports) -> DepthTrace:
+        """With what the layers report."""
+        return dataclasses.replace(
+            self,
+            aux=self.aux | reports.aux,
+            figures=reports.figures,
+            flops=reports.flops,
+        )
 
     def tokens_read(self) -> Bool[Array, "R B T"]:
         """``read``, spelt out."""

@@ -8,6 +8,7 @@ from flax import linen as nn
 from tokenlab.cache import Cache, LayerCache
 from tokenlab.core.arrays import Hidden, Positions, Prompt, Segments
 from tokenlab.core.errors import UserError
+from tokenlab.core.reports import REPORTS
 from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
 
 
@@ -55,8 +56,8 @@ class Sequential(DepthProgram):
         if self.scan:
             run = nn.scan(
                 body,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
+                variable_axes={"params": 0, REPORTS: 0},
+                split_rngs={"params": True, "dropout": True, "routes": True},
                 length=num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )

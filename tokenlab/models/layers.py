@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokenlab.core.arrays import Array, Float, Hidden, Int
+from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int
 from tokenlab.core.parameters import dense_init, parameter
 
 
@@ -214,12 +214,25 @@ class FeedForward(nn.Module, abc.ABC):
     """The feed-forward family: mixes the channels of each token by itself."""
 
     @abc.abstractmethod
-    def __call__(self, x: Hidden) -> Hidden:
-        """The layer's contribution to the residual stream."""
+    def __call__(
+        self, x: Hidden, *, valid: Bool[Array, "B T"] | None = None, train: bool = False
+    ) -> Hidden:
+        """The layer's contribution to the residual stream.
+
+        What else there is to say of the tokens, ``core.reports.report`` takes.
+
+        Args:
+            x: normalised tokens.
+            valid: tokens that are not padding; None is all.
+            train: whether random choices are made (stream ``routes``).
+        """
 
     @abc.abstractmethod
     def flops(self, dim: int) -> int:
-        """Floating-point operations of the matrix products, per token of a width-D stream."""
+        """Floating-point operations of the matrix products, per token of a width-D stream.
+
+        Those that depend on the token are reported as ``flops`` instead.
+        """
 
 
 class GatedFeedForward(FeedForward):
@@ -240,7 +253,9 @@ class GatedFeedForward(FeedForward):
         """The nonlinearity of the gate."""
 
     @nn.compact
-    def __call__(self, x: Hidden) -> Hidden:
+    def __call__(
+        self, x: Hidden, *, valid: Bool[Array, "B T"] | None = None, train: bool = False
+    ) -> Hidden:
         """Applies the gated layer to every token."""
         gate = Linear(self.hidden_dim, adapter=self.adapter, name="gate")(x)
         up = Linear(self.hidden_dim, adapter=self.adapter, name="up")(x)

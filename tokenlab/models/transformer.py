@@ -16,6 +16,7 @@ from tokenlab.core.arrays import Array, Float, Hidden, Logits, Positions, Prompt
 from tokenlab.core.ledger import Ledger
 from tokenlab.core.parameters import parameter
 from tokenlab.core.projection import SharedRows
+from tokenlab.core.reports import gathered
 from tokenlab.depth import DepthProgram, DepthTrace, Sequential
 from tokenlab.models.attention import Attention, Memory, Mixer
 from tokenlab.models.heads import Head, TiedHead
@@ -63,7 +64,8 @@ class Block(nn.Module):
         )
         x = x + drop(self._post_normed(update, "mixer"))
         normed = self.norm.copy(parent=self, name="feedforward_norm")(x)
-        x = x + drop(self._post_normed(self.feedforward(normed), "feedforward"))
+        update = self.feedforward(normed, valid=segments > 0, train=train)
+        x = x + drop(self._post_normed(update, "feedforward"))
         return nn.with_logical_constraint(x, ("batch", "length", "embed_act")), cache
 
     def _post_normed(self, update: Hidden, part: str) -> Hidden:
@@ -149,6 +151,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         train: bool = False,
         prompt: Prompt | None = None,
+        embeddings: Hidden | None = None,
     ) -> ModelOutput:
         """Runs the stack.
 
@@ -160,14 +163,16 @@ class Transformer(nn.Module):
             train: whether dropout is on (stream ``dropout``).
             prompt: tokens that are given, for mixers that read them in both directions; None is
                 none, or with a cache that the first pass begins, all of its tokens.
+            embeddings: what enters the stack in place of ``embed(tokens)``, such as mixtures of
+                tokens; None is that.
 
         Raises:
             UserError: a prompt is marked, and the depth program does not tell its layers.
         """
         if self.is_initializing():
             self.head(self.embedding)
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
-        x = nn.with_logical_constraint(x * self.embedding_scale, ("batch", "length", "embed_act"))
+        x = self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
         x, trace, cache = self.depth(
             x,
             self.block,
@@ -178,7 +183,13 @@ class Transformer(nn.Module):
             train=train,
             prompt=prompt,
         )
+        trace = trace.reporting(gathered(self.variables))
         return ModelOutput(hidden=self.norm(x), trace=trace, cache=cache)
+
+    def embed(self, tokens: Tokens) -> Hidden:
+        """What enters the stack for each token."""
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        return x * self.embedding_scale
 
     @nn.nowrap
     def causal_twin(self) -> Transformer:
@@ -226,7 +237,7 @@ class Transformer(nn.Module):
             slots=jnp.float32(segments.size),
             block_tokens=jnp.sum(trace.depth).astype(jnp.float32),
             attended_pairs=jnp.sum(pairs),
-            flops=self.flops(runs, pairs) + projected,
+            flops=self.flops(runs, pairs) + projected + trace.flops,
         )
 
     @nn.nowrap

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import fnmatch
 import functools
+from collections.abc import Hashable
 
 import jax
 import optax
@@ -103,6 +104,19 @@ def _rise(peak: float, warmup: int) -> optax.Schedule:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters with an optimiser of their own, such as the biases that balance experts.
+
+    Attributes:
+        parameters: patterns (``*`` is any text) of their paths.
+        optimizer: what moves them, by its own learning rate.
+    """
+
+    parameters: tuple[str, ...]
+    optimizer: Optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer(abc.ABC):
     """The optimiser family.
 
@@ -110,22 +124,32 @@ class Optimizer(abc.ABC):
         learning_rate: its schedule.
         trained: patterns (``*`` is any text) of the paths of parameters that move, such as
             ``*/feedforward/*``; the rest stays as it is.
+        groups: parameters with optimisers of their own, which ``trained`` need not name; the first
+            group that names a parameter has it.
     """
 
     learning_rate: Schedule
     trained: tuple[str, ...] = ("*",)
+    groups: tuple[Group, ...] = ()
 
-    def build(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-        """The optax transformation that follows ``schedule``; it keeps nothing of what it freezes.
+    def build(self, clock: Clock) -> optax.GradientTransformation:
+        """The optax transformation in steps of this run; it keeps nothing of what it freezes.
 
         Raises:
             UserError: on its first use, a pattern names no parameter.
         """
-        moving = self.moving(schedule)
-        if self.trained == ("*",):
+        moving = self.moving(self.learning_rate.build(clock))
+        if self.trained == ("*",) and not self.groups:
             return moving
-        labels = functools.partial(_trained_or_frozen, self.trained)
-        return optax.partition({"trained": moving, "frozen": optax.set_to_zero()}, labels)
+        patterns = {f"group_{i}": group.parameters for i, group in enumerate(self.groups)}
+        parts: dict[Hashable, optax.GradientTransformation] = {
+            label: group.optimizer.moving(group.optimizer.learning_rate.build(clock))
+            for label, group in zip(patterns, self.groups, strict=True)
+        }
+        parts |= {"trained": moving, "frozen": optax.set_to_zero()}
+        return optax.partition(
+            parts, functools.partial(_labels, patterns | {"trained": self.trained})
+        )
 
     @abc.abstractmethod
     def moving(self, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -164,6 +188,26 @@ class AdamW(Optimizer):
             mask=decayed,
         )
         return optax.chain(_clip(self.clip_norm), adam)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SGD(Optimizer):
+    """Steps against the gradient, or against its sign: ``p -= rate * g``.
+
+    Reference: Robbins and Monro, "A Stochastic Approximation Method", 1951; with signs, Bernstein,
+    Wang, Azizzadenesheli, Anandkumar, "signSGD: Compressed Optimisation for Non-Convex Problems",
+    2018, arXiv:1802.04434.
+
+    Attributes:
+        sign: whether only the sign of each entry counts.
+    """
+
+    sign: bool = False
+
+    def moving(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        """The transformation of the parameters that are trained."""
+        sized = optax.scale_by_sign() if self.sign else optax.identity()
+        return optax.chain(sized, optax.scale_by_learning_rate(schedule))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,19 +254,21 @@ class Muon(Optimizer):
         )
 
 
-def _trained_or_frozen(patterns: tuple[str, ...], params: PyTree) -> PyTree:
-    """``"trained"`` for parameters that a pattern names, else ``"frozen"``."""
-    unused = set(patterns)
+def _labels(patterns: dict[str, tuple[str, ...]], params: PyTree) -> PyTree:
+    """The first label whose patterns name a parameter, else ``"frozen"``."""
+    unused = {pattern for of_label in patterns.values() for pattern in of_label}
 
     def label(path: tuple, _: jax.Array) -> str:
-        name = "/".join(_names(path))
-        hits = {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
-        unused.difference_update(hits)
-        return "trained" if hits else "frozen"
+        name, first = "/".join(_names(path)), "frozen"
+        for label, of_label in reversed(patterns.items()):
+            hits = {pattern for pattern in of_label if fnmatch.fnmatchcase(name, pattern)}
+            unused.difference_update(hits)
+            first = label if hits else first
+        return first
 
     labels = jax.tree_util.tree_map_with_path(label, params)
     if unused:
-        raise UserError(f"optimizer.trained names no parameter by {', '.join(sorted(unused))}")
+        raise UserError(f"the optimizer names no parameter by {', '.join(sorted(unused))}")
     return labels
 
 

@@ -90,7 +90,7 @@ class Run:
         trainer = Trainer(
             model=model,
             objective=experiment.objective,
-            optimizer=experiment.optimizer.build(schedule),
+            optimizer=experiment.optimizer.build(clock),
             schedule=schedule,
             mesh=experiment.mesh.build(),
             seed=experiment.seed,
