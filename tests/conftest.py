@@ -19,6 +19,16 @@ from tokenlab.files import load_module
 
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Compiling takes most of the suite's time, and most of that goes into making small programs fast.
+# With XLA's own optimisations of CPU code off, results differ in rounding only; with XLA_FLAGS set,
+# to nothing as `make smoke` does, programs are compiled as users compile them.
+QUICK_COMPILING = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = QUICK_COMPILING
+    jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))  # XLA reads its flags once, here
+    del os.environ["XLA_FLAGS"]  # neither for libtpu, which knows others, nor for what tests start
 jax.config.update("jax_compilation_cache_dir", str(CHECKOUT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
