@@ -2,6 +2,7 @@
 
 from tokenlab.evals.base import Evaluation
 from tokenlab.evals.continuation import Continuation
+from tokenlab.evals.objective import ObjectiveValue
 from tokenlab.evals.references import ByteNgram, Compressor, witten_bell
 from tokenlab.evals.task import TaskAccuracy
 from tokenlab.evals.text import HeldOutText, row_logp, windows
@@ -12,6 +13,7 @@ __all__ = [
     "Continuation",
     "Evaluation",
     "HeldOutText",
+    "ObjectiveValue",
     "TaskAccuracy",
     "row_logp",
     "windows",

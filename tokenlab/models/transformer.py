@@ -191,6 +191,17 @@ class Transformer(nn.Module):
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         return x * self.embedding_scale
 
+    def mix(self, mixture: Float[Array, "B T V"]) -> Hidden:
+        """What enters the stack for mixtures of tokens: the means of their embeddings.
+
+        Args:
+            mixture: share of each token, float32.
+        """
+        x = jnp.einsum(
+            "btv,vd->btd", mixture, self.embedding, precision=jax.lax.Precision.HIGHEST
+        )
+        return x.astype(self.dtype) * self.embedding_scale
+
     @nn.nowrap
     def causal_twin(self) -> Transformer:
         """The model to evaluate and decode with, on the same parameters; an equal one if causal."""

@@ -10,11 +10,13 @@ from tokenlab.objectives.base import (
     TokenWeights,
 )
 from tokenlab.objectives.distill import StreamError, TeacherKL
+from tokenlab.objectives.mixtures import DistributionKL
 from tokenlab.objectives.next_token import NextToken, SmoothedNextToken, ZLoss
 
 __all__ = [
     "AllTokens",
     "AuxiliaryTerm",
+    "DistributionKL",
     "NextToken",
     "Objective",
     "SmoothedNextToken",
