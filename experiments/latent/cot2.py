@@ -85,6 +85,7 @@ def study() -> Study:
         question="Does a model answer better that thinks in mixtures of tokens?",
         arms={"continuous": config(), "discrete": discrete()},
         matched="flops",
+        seeds=(0, 1, 2, 3, 4),
         claims=(
             Claim(
                 arm="continuous", than="discrete", metric="held_out/accuracy", better="higher",

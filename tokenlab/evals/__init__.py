@@ -4,6 +4,7 @@ from tokenlab.evals.base import Evaluation
 from tokenlab.evals.continuation import Continuation
 from tokenlab.evals.objective import ObjectiveValue
 from tokenlab.evals.references import ByteNgram, Compressor, witten_bell
+from tokenlab.evals.roles import RoleAccuracy, class_probe
 from tokenlab.evals.task import TaskAccuracy
 from tokenlab.evals.text import HeldOutText, row_logp, windows
 
@@ -14,7 +15,9 @@ __all__ = [
     "Evaluation",
     "HeldOutText",
     "ObjectiveValue",
+    "RoleAccuracy",
     "TaskAccuracy",
+    "class_probe",
     "row_logp",
     "windows",
     "witten_bell",

@@ -7,6 +7,7 @@ from tokenlab.data.tasks.base import Problem, Task, TaskBatch
 from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.minimum_sum import MinimumNonNegativeSum
 from tokenlab.data.tasks.pointer_chase import PointerChase
+from tokenlab.data.tasks.role_grammar import RoleGrammar
 from tokenlab.data.tasks.source import TaskSource
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "MinimumNonNegativeSum",
     "PointerChase",
     "Problem",
+    "RoleGrammar",
     "Task",
     "TaskBatch",
     "TaskSource",
