@@ -13,6 +13,8 @@ Hardware: one CPU core, ten minutes.
 Expected: to be filled in from the record.
 """
 
+from typing import Any
+
 from tokenlab import config as configs
 from tokenlab.data.tasks import RoleGrammar, TaskSource
 from tokenlab.evals import RoleAccuracy
@@ -43,6 +45,7 @@ def config() -> Experiment:
             num_layers=2,
             block=Block(mixer=attention, feedforward=SwiGLU(hidden_dim=128)),
             max_length=TASK.length,
+            learned_positions=True,
         ),
         objective=Objective(terms={"masked": Term(loss=NextToken())}),
         optimizer=AdamW(
@@ -54,9 +57,9 @@ def config() -> Experiment:
     )
 
 
-def forgetting(every: int, until: int | None = None) -> Experiment:
+def forgetting(**fields: Any) -> Experiment:
     """The same with embeddings that are drawn anew."""
-    part = Forgetting(every=every, until=until)
+    part = Forgetting(**fields)
     return configs.replace(config(), {"optimizer.forgetting": part})
 
 
@@ -68,8 +71,9 @@ def study() -> Study:
         question="Does forgetting embeddings keep a model reading context?",
         arms={
             "vanilla": config(),
-            "active": forgetting(200),
-            "temporary": forgetting(100, until=300),
+            "active": forgetting(every=200),
+            "all_moments": forgetting(every=200, reset_scope="all"),
+            "temporary": forgetting(every=100, until=300),
         },
         matched="tokens",
         claims=(

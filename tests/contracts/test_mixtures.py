@@ -137,9 +137,7 @@ def test_the_ratio_of_means_is_the_product_over_their_tokens(normalised):
     other = np.array([0.3, 1.0, -0.5, 0.2, 0.0])
     temperature, power = (3, 1) if normalised else (1, 1 / 3)
     new, old = (softmax(z / temperature)[tokens] for z in (other, LOGITS[0]))
-    found = jax.jit(part.log_ratio)(
-        mixture=mixture[None], new=other[None], old=LOGITS[:1]
-    )
+    found = jax.jit(part.log_ratio)(mixture=mixture[None], new=other[None], old=LOGITS[:1])
     np.testing.assert_allclose(np.exp(found[0]), np.prod(new / old) ** power, rtol=1e-5)
 
 

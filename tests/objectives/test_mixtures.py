@@ -13,7 +13,15 @@ from tokenlab.core.errors import UserError
 from tokenlab.data.tasks import MinimumNonNegativeSum
 from tokenlab.decode import Autoregressive, Greedy, ThoughtFeed
 from tokenlab.models import llama
-from tokenlab.objectives import DistributionKL, NextToken, Objective, Term
+from tokenlab.models.mixtures import MeanOfSamples
+from tokenlab.objectives import (
+    DistributionKL,
+    MixturePolicy,
+    NextToken,
+    Objective,
+    Term,
+    group_advantages,
+)
 
 TASK = MinimumNonNegativeSum(digits=3)
 MODEL = llama(
@@ -26,9 +34,9 @@ THOUGHTS = TASK.digits - 1
 @pytest.fixture(scope="module")
 def params():
     ids = jnp.zeros((1, 4), int)
-    variables = jax.jit(
-        lambda key: MODEL.init(key, ids, positions=ids, segments=ids + 1)
-    )(jax.random.key(0))
+    variables = jax.jit(lambda key: MODEL.init(key, ids, positions=ids, segments=ids + 1))(
+        jax.random.key(0)
+    )
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(scale=0.4, size=leaf.shape), jnp.float32),
@@ -126,3 +134,62 @@ def test_a_batch_without_a_distribution_is_refused(params):
     del batch["distribution"]
     with pytest.raises(UserError, match="no distribution"):
         DistributionKL()(context(params, batch))
+
+
+def test_advantages_compare_the_rollouts_of_one_prompt():
+    rewards = jnp.array([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    found = group_advantages(rewards)
+    np.testing.assert_allclose(found[0], [1, -1, -1, 1], rtol=1e-6)
+    np.testing.assert_array_equal(found[1], 0)
+    np.testing.assert_allclose(found[2], np.array([-1, -1, -1, 3]) / 3**0.5, rtol=1e-5)
+
+
+def test_rollouts_are_scored_by_the_policy_that_drew_them(params):
+    """At the first step the ratio is 1, and the gradient that of minus advantage times density."""
+    mixture = MeanOfSamples(count=3)
+    rows, view = batch_of(TASK), View(model=MODEL, params=params)
+    decoder = Autoregressive(
+        max_new_tokens=THOUGHTS + 1, end_ids=(),
+        feed=ThoughtFeed(count=THOUGHTS, mixture=mixture, record=True),
+    )  # fmt: skip
+    prompts = np.asarray(rows["tokens"])[:, : TASK.digits + 1].tolist()
+    written = decoder(view, prompts, key=jax.random.key(0))
+    thoughts = jnp.asarray(written.statistics["thoughts"], jnp.float32)
+    answer = jax.nn.one_hot(written.tokens[:, -1:], TASK.tokenizer.vocab_size)
+    place = TASK.digits
+    batch = rows | {
+        "mixture": rows["mixture"].at[:, place + 1 :].set(thoughts),
+        "distribution": rows["distribution"]
+        .at[:, place:]
+        .set(jnp.concatenate([thoughts, answer], axis=1)),
+        "thought": jnp.zeros((5, 6)).at[:, place:-1].set(1.0),
+        "advantages": jnp.linspace(-1, 1, 5)[:, None] * jnp.ones((1, 6)),
+    }
+    batch["old_logits"] = jax.jit(lambda p, b: context(p, b).logits())(params, batch)
+    term = Objective(terms={"it": Term(loss=MixturePolicy(mixture=mixture))})
+
+    @jax.jit
+    def surrogate(params):
+        return term(context(params, batch))["it"].total
+
+    @jax.jit
+    def density(params):
+        new, old = context(params, batch).logits(), batch["old_logits"]
+        drawn = batch["distribution"]
+        thought = mixture.log_ratio(mixture=drawn[:, 3:5], new=new[:, 3:5], old=old[:, 3:5])
+        token = jnp.sum(drawn[:, 5] * jax.nn.log_softmax(new[:, 5]), axis=-1)
+        weigh = batch["advantages"][:, 0]
+        return -jnp.sum(weigh * (thought.sum(axis=1) + token))
+
+    expected = -float((batch["advantages"] * batch["weights"]).sum())
+    assert float(surrogate(params)) == pytest.approx(expected, abs=1e-4)
+    left, right = (jax.jit(jax.grad(f))(params) for f in (surrogate, density))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), left, right)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(left)) > 0.01
+
+
+def test_without_rollouts_there_is_no_policy_gradient(params):
+    with pytest.raises(UserError, match="no thought, advantages, old_logits"):
+        MixturePolicy()(context(params, batch_of(TASK)))
+    with pytest.raises(ValueError, match="above 0"):
+        MixturePolicy(clip=0.0)

@@ -171,9 +171,7 @@ def test_draws_follow_the_seed_the_pattern_and_the_deviation():
     np.testing.assert_allclose(
         other["embedding"], run(BASE)[3][0]["embedding"], rtol=1e-5, atol=1e-6
     )
-    within = dataclasses.replace(
-        forgetful(every=2), trained=("embedding", "block_*")
-    )
+    within = dataclasses.replace(forgetful(every=2), trained=("embedding", "block_*"))
     frozen, unfrozen = run(within)[3][0], run(BASE)[0][0]
     same(frozen["head"], unfrozen["head"])
     assert frozen["embedding"].std() == pytest.approx(0.02, rel=0.05)
@@ -181,7 +179,9 @@ def test_draws_follow_the_seed_the_pattern_and_the_deviation():
 
 def test_impossible_forgetting_is_one_line():
     with pytest.raises(UserError, match="names no parameter by nothing"):
-        forgetful(every=2, parameters=("nothing",)).build(CLOCK).init(tree(np.random.default_rng(0)))
+        forgetful(every=2, parameters=("nothing",)).build(CLOCK).init(
+            tree(np.random.default_rng(0))
+        )
     with pytest.raises(UserError, match="use 1 or more"):
         forgetful(every=0).build(CLOCK)
     part = forgetful(every=Fraction(of_run=0.1), until=Fraction(of_run=0.5), reset_scope="all")
@@ -220,8 +220,7 @@ def test_split_parameters_are_drawn_as_whole_ones_are(corpus_folder):
     data = {"data.corpus.pattern": str(corpus_folder / "corpus/*.txt"), "optimizer": forgets}
     meshes = [data | {"mesh": f"MeshShape(data=1, fsdp={n})"} for n in (1, 2)]
     found = [
-        json.loads(run_on_devices(n + 1, ON_DEVICES.format(changes=[meshes[n]])))
-        for n in range(2)
+        json.loads(run_on_devices(n + 1, ON_DEVICES.format(changes=[meshes[n]]))) for n in range(2)
     ]
     (losses, whole), (others, split) = found
     np.testing.assert_allclose(others, losses, rtol=1e-4)

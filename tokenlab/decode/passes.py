@@ -121,9 +121,7 @@ def read(
 ) -> Any:
     """One pass over ``cache``; gives ``models.ModelOutput``."""
     view = View(model=model, params=params)
-    return view(
-        tokens, positions=positions, segments=segments, cache=cache, embeddings=embeddings
-    )
+    return view(tokens, positions=positions, segments=segments, cache=cache, embeddings=embeddings)
 
 
 def logits_of(model: Transformer, params: PyTree, hidden: Hidden) -> Float[Array, "B T V"]:

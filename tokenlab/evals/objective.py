@@ -47,9 +47,7 @@ class ObjectiveValue(Evaluation):
             views = {"policy": View(model=model, params=params)}
             return self.objective(Context(batch=batch, views=views))
 
-        rows = self.data.batches(
-            tokenizer=tokenizer, batch_size=self.batch_size, seed=self.seed
-        )
+        rows = self.data.batches(tokenizer=tokenizer, batch_size=self.batch_size, seed=self.seed)
         found = [
             sums_of(params, {name: array for name, array in batch.items() if name != "documents"})
             for batch in itertools.islice(rows, self.batches)

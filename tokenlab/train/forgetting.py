@@ -118,7 +118,9 @@ class Forgetting:
         leaves, tree = jax.tree.flatten(params)
         new = [
             self.deviation
-            * jax.random.normal(stream(self.seed, "forgetting", number, step), leaf.shape, leaf.dtype)
+            * jax.random.normal(
+                stream(self.seed, "forgetting", number, step), leaf.shape, leaf.dtype
+            )
             if label == "forgotten"
             else leaf
             for number, (leaf, label) in enumerate(zip(leaves, jax.tree.leaves(which), strict=True))

@@ -110,7 +110,11 @@ class MinimumNonNegativeSum(Task):
         kept[:, :, -1] = states[:, :1, -1]
         count, traces, _ = kept.shape
         found = np.zeros((count, self.digits, self.tokenizer.vocab_size), np.float32)
-        where = (np.arange(count)[:, None, None], np.arange(self.digits)[None, None], self._id(kept))
+        where = (
+            np.arange(count)[:, None, None],
+            np.arange(self.digits)[None, None],
+            self._id(kept),
+        )
         np.add.at(found, where, 1.0 / traces)
         return found
 
@@ -168,7 +172,8 @@ class MinimumNonNegativeSum(Task):
             digit = token - FIRST_SYMBOL
             totals = {total + sign * digit for total in totals for sign in (1, -1)}
         answer = min(total for total in totals if total >= 0)
-        return list(completion[:1]) == [int(self._id(np.asarray(answer)))]
+        (wanted,) = self._id(np.array([answer])).tolist()
+        return list(completion[:1]) == [wanted]
 
 
 @functools.cache
