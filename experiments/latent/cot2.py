@@ -9,7 +9,10 @@ Paper:    Gozeten, Ildiz, Zhang, Harutyunyan, Rawat, Oymak, "Continuous Chain of
           Parallel Exploration and Reasoning", 2025, arXiv:2505.23648
 Command:  python -m tokenlab study experiments/latent/cot2.py
 Hardware: one CPU core, ten minutes.
-Expected: to be filled in from the record.
+Expected: 0.96 of the held-out answers are right, of a discrete chain of thought 0.74 (sampled, 0.73
+          once, 0.81 and 0.85 with four and sixteen attempts: it does not reach the mixtures).
+          Held-out nats are 0.05 per position where the right mixtures are fed, little more where
+          the model feeds its own.
 """
 
 from tokenlab import config as configs

@@ -10,11 +10,19 @@ Paper:    Anand, Lepori, Merullo, Pavlick, "Dual Process Learning: Controlling U
           In-Weights Strategies with Weight Forgetting", 2024, arXiv:2406.00053
 Command:  python -m tokenlab study experiments/models/weight_forgetting.py
 Hardware: one CPU core, ten minutes.
-Expected: to be filled in from the record.
+Expected: with frequent nouns and adjectives exchanged, 0.05 of the answers are right as trained
+          usually, 0.99 with active forgetting, 0.2 to 0.6 with temporary forgetting; rare words,
+          exchanged, 0.86, 0.98 and 0.92; words never trained 0.96, restricted to the two of a row, and 0 over
+          the whole vocabulary. Clearing all moments, as the released code does, gives 0.6. That
+          rare words are read from context as usual in more than 0.9 of the rows does not hold, so
+          the study as a whole does not. With rotary positions alone, in place of learned ones as
+          in the paper's BERT, 1600 steps are too few for either strategy: 0.16 as usual, 0.39 with
+          active forgetting, words never trained 0.5 and 0.7.
 """
 
 from typing import Any
 
+from kernels_pallas.block_sparse_attention import Bidirectional
 from tokenlab import config as configs
 from tokenlab.data.tasks import RoleGrammar, TaskSource
 from tokenlab.evals import RoleAccuracy
@@ -24,8 +32,6 @@ from tokenlab.objectives import NextToken, Objective, Term
 from tokenlab.study import Bound, Claim, Study
 from tokenlab.train.forgetting import Forgetting
 from tokenlab.train.optimizer import AdamW, Constant
-
-from kernels_pallas.block_sparse_attention import Bidirectional
 
 TASK = RoleGrammar(words=1000, zipf=1.5, ambiguity=0.01)
 STEPS = 1600

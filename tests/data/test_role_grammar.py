@@ -22,7 +22,7 @@ def by_position(tokens):
 
 def by_class(tokens, task=TASK):
     """Looks up the queried word; of untrained ones the first half are taken for nouns."""
-    nouns, adjectives = task.class_ids()
+    nouns, _ = task.class_ids()
     unseen = task.unseen_ids()
     is_noun = {*nouns, *unseen[: len(unseen) // 2]}
     words = [token for token in tokens[:3] if token != IS]

@@ -14,7 +14,7 @@ from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.core.rng import stream
 from tokenlab.data.tasks import Task
-from tokenlab.decode import Autoregressive, Greedy
+from tokenlab.decode import Autoregressive, Decoder, Greedy
 from tokenlab.evals.base import Evaluation
 from tokenlab.tokenizers.base import Tokenizer
 
@@ -25,9 +25,9 @@ _STREAM = zlib.crc32(b"problems")  # no source draws its rows from this seed
 class TaskAccuracy(Evaluation):
     """Share of a task's problems whose generated answer is right, and its course by difficulty.
 
-    The model goes on from each prompt, by its likeliest tokens unless told otherwise, as many as the
-    longest answer has; the task's own checker reads the completion. Beside ``accuracy`` and its binomial
-    ``standard_error`` there is one figure for each difficulty that occurs.
+    The model goes on from each prompt, by its likeliest tokens unless told otherwise, as many as
+    the longest answer has; the task's own checker reads the completion. Beside ``accuracy`` and its
+    binomial ``standard_error`` there is one figure for each difficulty that occurs.
 
     Attributes:
         task: makes and checks the problems.
@@ -44,7 +44,7 @@ class TaskAccuracy(Evaluation):
     problems: int = 256
     batch_size: int = 64
     seed: int = 0
-    decoder: Autoregressive = Autoregressive(sampler=Greedy())
+    decoder: Decoder = Autoregressive(sampler=Greedy())
     thoughts: int = 0
     attempts: int = 1
 

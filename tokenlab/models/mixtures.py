@@ -20,9 +20,7 @@ class TokenMixture(abc.ABC):
     """The family of token mixtures: the shares of tokens whose mean embedding is fed."""
 
     @abc.abstractmethod
-    def __call__(
-        self, *, logits: Float[Array, "B V"], keys: RowKeys | None = None
-    ) -> Float[Array, "B V"]:
+    def __call__(self, *, logits: Float[Array, "B V"], keys: RowKeys) -> Float[Array, "B V"]:
         """Shares of each row, not negative, with sum one.
 
         Args:
@@ -40,9 +38,7 @@ class ExpectedToken(TokenMixture):
     Enables Parallel Exploration and Reasoning", 2025, arXiv:2505.23648.
     """
 
-    def __call__(
-        self, *, logits: Float[Array, "B V"], keys: RowKeys | None = None
-    ) -> Float[Array, "B V"]:
+    def __call__(self, *, logits: Float[Array, "B V"], keys: RowKeys) -> Float[Array, "B V"]:
         """Float32 probabilities."""
         return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
 
@@ -94,9 +90,7 @@ class MeanOfSamples(RandomMixture):
         logits = logits.astype(jnp.float32)
         return jax.nn.log_softmax(logits / self.count if self.normalised else logits, axis=-1)
 
-    def __call__(
-        self, *, logits: Float[Array, "B V"], keys: RowKeys | None = None
-    ) -> Float[Array, "B V"]:
+    def __call__(self, *, logits: Float[Array, "B V"], keys: RowKeys) -> Float[Array, "B V"]:
         """Multiples of 1 / K."""
         draw = jax.vmap(lambda key, row: jax.random.categorical(key, row, shape=(self.count,)))
         tokens = draw(keys, self._log_shares(logits))
@@ -144,9 +138,7 @@ class DirichletDraw(RandomMixture):
         kept = jnp.maximum(probability, self.floor) * support
         return self.scale * kept / jnp.sum(kept, axis=-1, keepdims=True)
 
-    def __call__(
-        self, *, logits: Float[Array, "B V"], keys: RowKeys | None = None
-    ) -> Float[Array, "B V"]:
+    def __call__(self, *, logits: Float[Array, "B V"], keys: RowKeys) -> Float[Array, "B V"]:
         """Shares on the support, which always has the likeliest token."""
         p = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
         support = (p >= jnp.minimum(self.floor, jnp.max(p, axis=-1, keepdims=True))).astype(p.dtype)

@@ -62,9 +62,9 @@ class MixturePolicy(TokenLoss):
     """Clipped policy gradient of drawn thoughts: ``-min(r A, clip(r, 1 - c, 1 + c) A)``.
 
     ``r`` is how much likelier what was drawn at a position has become: a mixture by its density
-    where the batch's ``thought`` [B, T] is above 0, elsewhere a token. What was drawn is the batch's
-    ``distribution``, what was read its ``mixture``; ``advantages`` [B, T] is A, and ``old_logits``
-    [B, T, V] are those of the policy that drew, fed the same.
+    where the batch's ``thought`` [B, T] is above 0, elsewhere a token. What was drawn is the
+    batch's ``distribution``, what was read its ``mixture``; ``advantages`` [B, T] is A, and
+    ``old_logits`` [B, T, V] are those of the policy that drew, fed the same.
 
     Reference: Gozeten, Ildiz, Zhang, Harutyunyan, Rawat, Oymak, "Continuous Chain of Thought
     Enables Parallel Exploration and Reasoning", 2025, arXiv:2505.23648; Shao et al., "DeepSeekMath:

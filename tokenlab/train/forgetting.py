@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,10 +88,10 @@ class Forgetting:
             return ForgettingState(step=jnp.zeros((), jnp.int32), inner=inner.init(params))
 
         def update(
-            grads: PyTree, state: ForgettingState, params: PyTree | None = None
+            updates: PyTree, state: Any, params: PyTree | None = None
         ) -> tuple[PyTree, ForgettingState]:
             assert params is not None
-            updates, kept = inner.update(grads, state.inner, params)
+            updates, kept = inner.update(updates, state.inner, params)
             step = state.step
             due = (step > 0) & (step % every == 0)
             if until is not None:

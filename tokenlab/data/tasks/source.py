@@ -26,7 +26,8 @@ class TaskSource(Source):
 
     The order of the rows is the same for every batch size and number of processes. Beside the
     arrays of every source a batch has ``difficulty``, int32 [B, T], and ``distribution`` and
-    ``mixture``, float32 [B, T, V], of tasks that have them; ``documents`` is the number of the row. The two splits never share a seed, but two rows of a small task may be alike by chance.
+    ``mixture``, float32 [B, T, V], of tasks that have them; ``documents`` is the number of the row.
+    The two splits never share a seed, but two rows of a small task may be alike by chance.
 
     Attributes:
         task: makes and checks the problems.
