@@ -12,12 +12,12 @@ Command:  python -m tokenlab study experiments/models/weight_forgetting.py
 Hardware: one CPU core, ten minutes.
 Expected: with frequent nouns and adjectives exchanged, 0.05 of the answers are right as trained
           usually, 0.99 with active forgetting, 0.2 to 0.6 with temporary forgetting; rare words,
-          exchanged, 0.86, 0.98 and 0.92; words never trained 0.96, restricted to the two of a row, and 0 over
-          the whole vocabulary. Clearing all moments, as the released code does, gives 0.6. That
-          rare words are read from context as usual in more than 0.9 of the rows does not hold, so
-          the study as a whole does not. With rotary positions alone, in place of learned ones as
-          in the paper's BERT, 1600 steps are too few for either strategy: 0.16 as usual, 0.39 with
-          active forgetting, words never trained 0.5 and 0.7.
+          exchanged, 0.86, 0.98 and 0.92; words never trained 0.96, of the two of a row, and 0 of
+          all words. Clearing all moments, as the released code does, gives 0.6 for frequent words
+          exchanged. That rare words are read from context in more than 0.9 of the rows as trained
+          usually does not hold, so the study as a whole does not. With rotary positions alone, in
+          place of learned ones as in the paper's BERT, 1600 steps are too few for either strategy:
+          0.16 as usual, 0.39 with active forgetting; words never trained 0.5 and 0.7.
 """
 
 from typing import Any
