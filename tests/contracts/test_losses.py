@@ -18,6 +18,8 @@ from tokenlab.core.weighted import Weighted
 from tokenlab.models import Head, LinearHead, ModelOutput
 from tokenlab.objectives import (
     AllTokens,
+    DistributionKL,
+    MixturePolicy,
     NextToken,
     Objective,
     SmoothedNextToken,
@@ -63,7 +65,28 @@ class Row:
     paper: bool = True
 
 
+def relative_to_the_batch(logits, targets):
+    """From the distributions of the batch that all oracles are asked about."""
+    wanted, logp = batch_of()["distribution"].astype(np.float64), logits - log_z(logits)[..., None]
+    return (wanted * (np.log(np.where(wanted > 0, wanted, 1.0)) - logp)).sum(axis=-1)
+
+
+def surrogate(logits, targets, count=3, clip=0.1):
+    """The product over the K tokens of a thought, each from the Kth root, or over one token."""
+    batch = batch_of()
+    old, drawn = (batch[name].astype(np.float64) for name in ("old_logits", "distribution"))
+    ratios = []
+    for times in (count, 1):
+        new_logp, old_logp = (z / times - log_z(z / times)[..., None] for z in (logits, old))
+        ratios.append(np.exp(times * (drawn * (new_logp - old_logp)).sum(axis=-1)))
+    ratio = np.where(batch["thought"] > 0, *ratios)
+    advantages = batch["advantages"].astype(np.float64)
+    return -np.minimum(ratio * advantages, np.clip(ratio, 1 - clip, 1 + clip) * advantages)
+
+
 LOSSES = {
+    MixturePolicy: Row(MixturePolicy(), surrogate),
+    DistributionKL: Row(DistributionKL(), relative_to_the_batch),
     NextToken: Row(NextToken(), nats, paper=False),
     SmoothedNextToken: Row(SmoothedNextToken(smoothing=0.3), smoothed),
     TeacherKL: Row(TeacherKL(), relative_entropy),
@@ -101,6 +124,11 @@ class Bigram(nn.Module):
         hidden = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         return ModelOutput(hidden=hidden, trace=None)
 
+    def logits(self, hidden):
+        weight = self.head_weight().astype(hidden.dtype)
+        logits = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
+        return CAP * jnp.tanh(logits / CAP)
+
     def head_weight(self):
         return self.head(self.embedding)
 
@@ -120,12 +148,22 @@ def batch_of(rows=4, width=8, seed=0):
     segments = (positions < lengths[:, None]).astype(np.int32)
     weights = rng.choice([0.0, 0.5, 1.0, 2.0], size=(rows, width)) * segments
     weights[:, 0] = 1.0
+    distribution = rng.dirichlet(np.full(VOCABULARY, 0.3), size=(rows, width))
+    distribution[:, 1, :5] = 0.0  # tokens that are never right
+    tokens = rng.integers(0, VOCABULARY, (rows, width)).astype(np.int32) * segments
+    old_logits = logits_of(parameters(), tokens)
     return {
-        "tokens": rng.integers(0, VOCABULARY, (rows, width)).astype(np.int32) * segments,
+        "tokens": tokens,
         "targets": rng.integers(0, VOCABULARY, (rows, width)).astype(np.int32) * segments,
         "positions": (positions * segments).astype(np.int32),
         "segments": segments,
         "weights": weights.astype(np.float32),
+        "distribution": distribution.astype(np.float32),
+        "thought": rng.integers(0, 2, (rows, width)).astype(np.float32),
+        "advantages": rng.normal(scale=0.5, size=(rows, width)).astype(np.float32),
+        "old_logits": (old_logits + rng.normal(scale=0.1, size=old_logits.shape)).astype(
+            np.float32
+        ),
     }
 
 

@@ -345,6 +345,13 @@ def test_a_group_moves_by_its_own_rule_and_the_rest_as_if_it_were_not_there():
         dataclasses.replace(part, groups=(nobody,)).build(CLOCK).init(params)
 
 
+def test_gradient_descent_is_clipped_where_it_says_so():
+    transform = SGD(learning_rate=Constant(peak=1.0), clip_norm=0.5).build(CLOCK)
+    gradient = {"kernel": jnp.asarray([3.0, 0.0, 4.0])}
+    updates, _ = transform.update(gradient, transform.init(gradient), gradient)
+    np.testing.assert_allclose(updates["kernel"], [-0.3, 0.0, -0.4], rtol=1e-5)
+
+
 @pytest.mark.parametrize("sign", [False, True])
 def test_gradient_descent_is_the_gradient_or_its_sign(sign):
     transform = SGD(learning_rate=Constant(peak=PEAK), sign=sign).build(CLOCK)

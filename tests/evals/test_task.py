@@ -1,5 +1,6 @@
 """Accuracy by generation is what the task's checker says of greedy completions."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,26 +11,34 @@ from flax import linen as nn
 
 from tokenlab.core.errors import UserError
 from tokenlab.data.tasks import Addition, AssociativeRecall
-from tokenlab.decode import Generation
+from tokenlab.decode import Decoder, Generation
 from tokenlab.evals import TaskAccuracy, task
 from tokenlab.models import llama
 from tokenlab.tokenizers import ByteTokenizer
 
 
-class Student:
-    """Stands in for the decoder; adds well where no carry is handed on, badly elsewhere."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Student(Decoder):
+    """Adds well where no carry is handed on, badly elsewhere, after some thought."""
 
-    def __init__(self, **options):
-        self.options = options
+    thoughts: int = 0
+    lucky: int = 1
 
-    def __call__(self, view, prompts, *, key):
+    def behind(self, processors):
+        return self
+
+    def __call__(self, view, prompts, *, key, on_tokens=None):
+        assert self.max_new_tokens == self.thoughts + 3
+        first = jax.random.randint(key, (), 0, self.lucky) == 0
         alphabet = ADDITION.tokenizer
         answers = []
         for prompt in prompts:
             a, b = map(int, alphabet.decode(prompt).decode().rstrip("=").split("+"))
             digits = zip(str(a).zfill(2), str(b).zfill(2), strict=True)
             chained = a % 10 + b % 10 > 9 and sum(map(int, next(digits))) == 9
-            answers.append([*alphabet.encode(str(a + b + chained).zfill(3)), alphabet.eos_id])
+            total = str(a + b + chained).zfill(3) if first else "000"
+            thoughts = [1] * self.thoughts
+            answers.append([*thoughts, *alphabet.encode(total), alphabet.eos_id])
         tokens = np.array(answers, np.int32)
         nothing = np.zeros(tokens.shape, np.float32)
         return Generation(
@@ -45,15 +54,36 @@ ADDITION = Addition(digits=2, chained=0.5)
 
 
 @pytest.mark.parametrize("batch_size", [64, 7])
-def test_accuracy_is_known_for_a_student_whose_mistakes_are_known(monkeypatch, batch_size):
-    monkeypatch.setattr(task, "Autoregressive", Student)
-    evaluation = TaskAccuracy(task=ADDITION, problems=64, batch_size=batch_size)
+@pytest.mark.parametrize("thoughts", [0, 2])
+def test_accuracy_is_known_for_a_student_whose_mistakes_are_known(batch_size, thoughts):
+    evaluation = TaskAccuracy(
+        task=ADDITION, problems=64, batch_size=batch_size, thoughts=thoughts,
+        decoder=Student(thoughts=thoughts),
+    )  # fmt: skip
     figures = evaluation(model=nn.Module(), params={}, tokenizer=ADDITION.tokenizer)
     assert figures["accuracy_at_0"] == figures["accuracy_at_1"] == 1
     assert figures["accuracy_at_2"] == 0
     assert 0.1 < figures["accuracy"] < 0.95
     error = math.sqrt(figures["accuracy"] * (1 - figures["accuracy"]) / 64)
     assert figures["standard_error"] == pytest.approx(error)
+
+
+def test_one_right_attempt_is_enough():
+    """Each batch is answered as well as can be in a third of the attempts."""
+
+    def accuracy(attempts, lucky):
+        evaluation = TaskAccuracy(
+            task=ADDITION, problems=64, batch_size=1, attempts=attempts,
+            decoder=Student(lucky=lucky),
+        )  # fmt: skip
+        run = {"model": nn.Module(), "params": {}, "tokenizer": ADDITION.tokenizer}
+        return evaluation(**run)["accuracy"]
+
+    best = accuracy(1, 1)
+    shares = [accuracy(attempts, 3) / best for attempts in (1, 2, 30)]
+    assert shares[0] < shares[1] < shares[2] == 1.0
+    assert shares[0] == pytest.approx(1 / 3, abs=0.15)
+    assert shares[1] == pytest.approx(5 / 9, abs=0.15)
 
 
 def test_an_untrained_model_scores_what_its_argmax_gets():

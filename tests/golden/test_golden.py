@@ -75,16 +75,26 @@ def test_the_record_of_the_config_loads_back(name):
 
 @every
 def test_the_real_step_takes_its_batches_and_gives_back_its_state(name):
-    """By shape alone; the byte tokenizer stands in for one that would read a corpus."""
+    """By shape alone; the byte tokenizer stands in for one that would read a corpus.
+
+    Tasks make their rows, and may have arrays of their own.
+    """
     experiment = experiment_of(FILES[name])
     corpora = experiment.data.corpora
-    trainer = Run.of(experiment, tokenizer=ByteTokenizer() if corpora else None).trainer
+    run = Run.of(experiment, tokenizer=ByteTokenizer() if corpora else None)
+    trainer = run.trainer
     shape = (experiment.batch_size, experiment.data.tokens_per_row)
     integers = {name: jnp.int32 for name in ("tokens", "targets", "positions", "segments")}
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype)
         for name, dtype in (integers | {"weights": jnp.float32}).items()
     }
+    if not corpora:
+        rows = {name: rows for name, rows in next(run.batches()).items() if name != "documents"}
+        assert {name: shape_of(rows[name]) for name in batch} == {
+            name: shape_of(each) for name, each in batch.items()
+        }
+        batch = {name: jax.ShapeDtypeStruct(*shape_of(each)) for name, each in rows.items()}
     before = trainer.abstract_state()
     with placed_on(trainer.mesh):
         after, metrics = jax.eval_shape(trainer._step, before, batch, trainer.frozen)

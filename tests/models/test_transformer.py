@@ -299,3 +299,27 @@ def test_presets_have_the_size_they_say():
         if make is transformer_1m:
             size -= params["embedding"].value.size
         assert low < size < high, (make.__name__, size)
+
+
+def test_learned_positions_are_added_to_what_enters():
+    model = small(learned_positions=True, max_length=8, embedding_scale=2.0)
+    params = initialised(model)
+    plain = {name: leaf for name, leaf in params.items() if name != "position_embedding"}
+    assert params["position_embedding"].shape == (8, 16)
+    where = packed([3, 5], 8)
+    entering = 2.0 * params["embedding"][where[0]] + params["position_embedding"][where[1]]
+    expected = run(small(embedding_scale=2.0), plain, *where, embeddings=entering)
+    np.testing.assert_allclose(run(model, params, *where), expected, rtol=1e-4, atol=1e-5)
+    assert set(plain) == set(initialised(small()))
+
+
+def test_a_mixture_of_one_token_enters_as_the_token():
+    model = small(embedding_scale=2.0)
+    params, (tokens, *_) = initialised(model), packed([5], 5)
+    shares = jnp.concatenate([jax.nn.one_hot(tokens, 23), jnp.full((1, 1, 23), 1 / 23)], axis=1)
+    mixed = model.apply({"params": params}, shares, method="mix")
+    alone = model.apply({"params": params}, tokens, method="embed")
+    np.testing.assert_array_equal(mixed[:, :5], alone)
+    np.testing.assert_allclose(
+        mixed[0, 5], 2.0 * params["embedding"].mean(axis=0), rtol=1e-4, atol=1e-6
+    )

@@ -19,7 +19,7 @@ from kernels_pallas.linear_cross_entropy import (
     kl_divergence,
     linear_cross_entropy,
 )
-from tokenlab.core.arrays import Array, Hidden, PRNGKeyArray, Values
+from tokenlab.core.arrays import Array, Hidden, Logits, PRNGKeyArray, Values
 from tokenlab.core.errors import UserError
 from tokenlab.core.per_device import mesh_axes, per_device
 from tokenlab.core.projection import SharedRows
@@ -80,7 +80,9 @@ class Context:
         """Binds the batch.
 
         Args:
-            batch: arrays by name, as ``tokenlab.data.base`` lists them.
+            batch: arrays by name, as ``tokenlab.data.base`` lists them. Where it has ``mixture``,
+                models read the mean embedding of a row's shares in place of its token, if the
+                shares have sum one.
             views: models by name; losses read ``"policy"`` unless told otherwise.
             key: randomness of this batch, required where ``train`` is true.
             train: whether dropout is on.
@@ -91,6 +93,7 @@ class Context:
         self._key = key
         self._outputs: dict[str, Any] = {}
         self._streams: dict[str, tuple[Hidden, ...]] = {}
+        self._whole: dict[tuple[str, int], Logits] = {}
         self._logits: dict[tuple[str, LossImpl | None, Any], TargetLogits] = {}
 
     def output(self, view: str = "policy") -> Any:
@@ -99,9 +102,41 @@ class Context:
             self._outputs[view] = self._run(view)
         return self._outputs[view]
 
-    def _run(self, view: str, **options: Any) -> Any:
+    def logits(self, view: str = "policy", *, passes: int = 0) -> Logits:
+        """Float32 logits of every position, for terms that compare whole distributions.
+
+        Args:
+            view: the model.
+            passes: forward passes in which the model's own predictions take the place of the
+                batch's ``mixture``; each makes one more thought of a row the model's own, so with
+                as many as a row has thoughts, all are. 0 feeds what the batch says.
+        """
+        if (view, passes) not in self._whole:
+            hidden = self.output(view).hidden if passes == 0 else self._self_fed(view, passes)
+            self._whole[view, passes] = self._views[view](hidden, method="logits")
+        return self._whole[view, passes]
+
+    def _self_fed(self, view: str, passes: int) -> Hidden:
+        mixture = self.batch["mixture"]
+        thought = jnp.sum(mixture, axis=-1, keepdims=True) > 0.5
+        hidden = self.output(view).hidden
+        for _ in range(passes):
+            predicted = jax.nn.softmax(self._views[view](hidden, method="logits"), axis=-1)
+            mixture = jnp.where(thought, jnp.roll(predicted, 1, axis=1), 0.0)
+            hidden = self._run(view, mixture=mixture).hidden
+        return hidden
+
+    def _run(self, view: str, *, mixture: Array | None = None, **options: Any) -> Any:
         """A forward pass, with ``options`` of ``View``."""
         batch, key = self.batch, self._key
+        mixture = batch.get("mixture") if mixture is None else mixture
+        if mixture is not None:
+            thought = jnp.sum(mixture, axis=-1, keepdims=True) > 0.5
+            options["embeddings"] = jnp.where(
+                thought,
+                self._views[view](mixture, method="mix"),
+                self._views[view](batch["tokens"], method="embed"),
+            )
         options |= {name: batch[name] for name in ("prompt",) if name in batch}
         rngs = {} if key is None else {name: stream(key, name) for name in ("dropout", "routes")}
         return self._views[view](

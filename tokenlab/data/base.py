@@ -17,6 +17,7 @@ from tokenlab.tokenizers.base import Tokenizer
 #   segments  int32   [B, T]  1, 2, ... per document in a row, 0 for padding
 #   positions int32   [B, T]  restart at 0 in each segment
 #   weights   float32 [B, T]  0 where the target does not count, padding included
+#   mixture   float32 [B, T, V]  of some tasks: shares of tokens read in place of one; 0 for none
 #   documents int32   [B, T]  number of the source document, for error reports; -1 for padding
 Batch = dict[str, np.ndarray]
 

@@ -4,6 +4,7 @@ from tokenlab.decode.autoregressive import Autoregressive
 from tokenlab.decode.base import Decoder, Generation
 from tokenlab.decode.beam import BeamSearch
 from tokenlab.decode.constraints import BannedStrings, Constraint, ForcedText
+from tokenlab.decode.feeds import Fed, Feed, ThoughtFeed, TokenFeed
 from tokenlab.decode.grammar import Grammar
 from tokenlab.decode.penalties import PresencePenalty, RepetitionPenalty
 from tokenlab.decode.processors import (
@@ -30,6 +31,8 @@ __all__ = [
     "Constraint",
     "Decoder",
     "Draw",
+    "Fed",
+    "Feed",
     "FirstTokens",
     "ForcedText",
     "Generation",
@@ -47,6 +50,8 @@ __all__ = [
     "StepEnds",
     "StepEntropy",
     "Temperature",
+    "ThoughtFeed",
+    "TokenFeed",
     "TopK",
     "TopP",
     "Typical",

@@ -18,6 +18,7 @@ from tokenlab.core.arrays import Array, Bool, Float, Int, PRNGKeyArray, RowKeys
 from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.decode.base import Decoder, Generation, OnTokens, bucket, padded
+from tokenlab.decode.feeds import Feed, TokenFeed, entering
 from tokenlab.decode.passes import Spent, begin, ledger, logits_of, read
 from tokenlab.decode.processors import History, Processor
 from tokenlab.decode.samplers import Categorical, Sampler
@@ -34,6 +35,7 @@ class _State(flax.struct.PyTreeNode):
     history: History
     done: Bool[Array, " B"]
     processors: PyTree
+    feed: PyTree
     logp_model: Float[Array, "B N"]
     logp_behaviour: Float[Array, "B N"]
     keys: RowKeys
@@ -52,6 +54,7 @@ class Autoregressive(Decoder):
         slots: rows decoded at a time; None is as many as there are prompts.
         prefill_chunk: prompt tokens read in one pass; None reads a prompt whole.
         stream_every: tokens between calls of ``on_tokens``.
+        feed: what the model reads of a token that was drawn.
     """
 
     sampler: Sampler = Categorical()
@@ -59,6 +62,7 @@ class Autoregressive(Decoder):
     slots: int | None = None
     prefill_chunk: int | None = None
     stream_every: int = 16
+    feed: Feed = TokenFeed()
 
     def __post_init__(self) -> None:
         for name in ("slots", "prefill_chunk", "stream_every"):
@@ -165,9 +169,12 @@ class _Run:
         self.pairs += np.asarray(self.state.cache.pairs, np.float64)[:, ended].sum(axis=1)
         self.held += np.asarray(self.state.cache.held(), np.float64)[:, ended].sum(axis=1)
         requests = [cast(int, self.owners[slot]) for slot in ended]
-        for name, counted in self.state.cache.counters().items():
-            all_rows = self.written.statistics.setdefault(name, np.zeros(len(self.prompts)))
-            all_rows[requests] = np.asarray(counted)[ended]
+        feed = self.static[1].feed.statistics(self.state.feed)
+        for name, counted in (self.state.cache.counters() | feed).items():
+            values = np.asarray(counted)
+            shape = (len(self.prompts), *values.shape[1:])
+            all_rows = self.written.statistics.setdefault(name, np.zeros(shape))
+            all_rows[requests] = values[ended]
         for slot in ended:
             self.owners[slot] = self.waiting.pop(0) if self.waiting else None
             if self.owners[slot] is not None:
@@ -200,6 +207,7 @@ def _prefill(
         **begun._asdict(),
         done=jnp.zeros((batch,), bool),
         processors=decoder.sampler.init(batch=batch),
+        feed=decoder.feed.init(batch=batch, vocabulary=model.vocab_size),
         logp_model=jnp.zeros((batch, decoder.max_new_tokens)),
         logp_behaviour=jnp.zeros((batch, decoder.max_new_tokens)),
         keys=keys,
@@ -240,11 +248,14 @@ def _decode(
         draw, processors = decoder.sampler(
             state.logits, state.processors, history=state.history, keys=here
         )
+        fed = decoder.feed(draw, state.logits, state.feed, history=state.history, keys=here)
+        draw = fed.draw
         running = ~state.done & draw.possible
         segments = running.astype(jnp.int32)[:, None]
+        embeddings, mixed = entering(model, params, fed)
         out: Any = read(
             model, params, state.cache, draw.token[:, None],
-            positions=position[:, None], segments=segments,
+            positions=position[:, None], segments=segments, embeddings=embeddings,
         )  # fmt: skip
         history = state.history.append(draw.token, running)
         ended = jnp.isin(draw.token, jnp.asarray(decoder.end_ids, jnp.int32))
@@ -259,11 +270,14 @@ def _decode(
             cache=out.cache,
             logits=logits_of(model, params, out.hidden)[:, 0],
             history=history,
-            done=~running | ended | (new >= decoder.max_new_tokens),
+            done=~running | ended | fed.stop | (new >= decoder.max_new_tokens),
             processors=processors,
+            feed=fed.state,
             logp_model=written(state.logp_model, draw.logp_model),
             logp_behaviour=written(state.logp_behaviour, draw.logp_behaviour),
-            spent=state.spent.after(out, segments, jnp.sum(running)),
+            spent=state.spent.after(out, segments, jnp.sum(running)).mixing(
+                model, jnp.sum(running & mixed)
+            ),
         )
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]

@@ -54,6 +54,10 @@ class Spent(flax.struct.PyTreeNode):
             flops=self.flops + out.trace.flops,
         )
 
+    def mixing(self, model: Transformer, rows: Int[Array, ""]) -> Spent:
+        """With the mean embeddings that ``rows`` positions read in place of one token's."""
+        return self.replace(flops=self.flops + rows * (2.0 * model.vocab_size * model.dim))
+
     def plus(self, other: Spent) -> Spent:
         """Both."""
         return jax.tree.map(jnp.add, self, other)
@@ -113,10 +117,11 @@ def read(
     *,
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
+    embeddings: Hidden | None = None,
 ) -> Any:
     """One pass over ``cache``; gives ``models.ModelOutput``."""
     view = View(model=model, params=params)
-    return view(tokens, positions=positions, segments=segments, cache=cache)
+    return view(tokens, positions=positions, segments=segments, cache=cache, embeddings=embeddings)
 
 
 def logits_of(model: Transformer, params: PyTree, hidden: Hidden) -> Float[Array, "B T V"]:

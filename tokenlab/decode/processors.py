@@ -15,6 +15,12 @@ from tokenlab.core.arrays import Array, Bool, Float, Int
 RowLogits = Float[Array, "B V"]
 
 
+def entropy_of(logits: RowLogits) -> Float[Array, " B"]:
+    """Of the distribution of each row, in nats; tokens that are ruled out add nothing."""
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return -jnp.sum(jnp.exp(logp) * jnp.where(jnp.isfinite(logp), logp, 0.0), axis=-1)
+
+
 class History(NamedTuple):
     """What each row has read and written.
 

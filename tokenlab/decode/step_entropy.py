@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 
 from tokenlab.core.arrays import Array, Bool, Float, Int
-from tokenlab.decode.processors import History, Processor, RowLogits
+from tokenlab.decode.processors import History, Processor, RowLogits, entropy_of
 from tokenlab.tokenizers import Tokenizer
 
 # Dividing by less than this is taking the best.
@@ -130,7 +129,7 @@ class ReSET(Processor):
             boundary: rows whose last token ended a step.
             state: of the tokens before.
         """
-        entropy = _entropy(logits)
+        entropy = entropy_of(logits)
         step_count = jnp.where(boundary, 0, state.step_count)
         step_total = jnp.where(boundary, 0.0, state.step_total)
         mean = jnp.where(state.count > 0, state.total / jnp.maximum(state.count, 1), entropy)
@@ -148,12 +147,6 @@ class ReSET(Processor):
             step_count=step_count + 1,
             step_total=step_total + entropy,
         )
-
-
-def _entropy(logits: Float[Array, "B V"]) -> Float[Array, " B"]:
-    """In nats; tokens that are ruled out add nothing."""
-    logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return -jnp.sum(jnp.exp(logp) * jnp.where(jnp.isfinite(logp), logp, 0.0), axis=-1)
 
 
 def at_temperature(

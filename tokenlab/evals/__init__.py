@@ -2,7 +2,9 @@
 
 from tokenlab.evals.base import Evaluation
 from tokenlab.evals.continuation import Continuation
+from tokenlab.evals.objective import ObjectiveValue
 from tokenlab.evals.references import ByteNgram, Compressor, witten_bell
+from tokenlab.evals.roles import RoleAccuracy, class_probe
 from tokenlab.evals.task import TaskAccuracy
 from tokenlab.evals.text import HeldOutText, row_logp, windows
 
@@ -12,7 +14,10 @@ __all__ = [
     "Continuation",
     "Evaluation",
     "HeldOutText",
+    "ObjectiveValue",
+    "RoleAccuracy",
     "TaskAccuracy",
+    "class_probe",
     "row_logp",
     "windows",
     "witten_bell",

@@ -6,15 +6,15 @@ import collections
 import dataclasses
 import zlib
 
-import jax
 import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 
 from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
+from tokenlab.core.rng import stream
 from tokenlab.data.tasks import Task
-from tokenlab.decode import Autoregressive, Greedy
+from tokenlab.decode import Autoregressive, Decoder, Greedy
 from tokenlab.evals.base import Evaluation
 from tokenlab.tokenizers.base import Tokenizer
 
@@ -25,25 +25,34 @@ _STREAM = zlib.crc32(b"problems")  # no source draws its rows from this seed
 class TaskAccuracy(Evaluation):
     """Share of a task's problems whose generated answer is right, and its course by difficulty.
 
-    The model goes on from each prompt by its likeliest tokens, as many as the longest answer has;
-    the task's own checker reads the completion. Beside ``accuracy`` and its binomial
-    ``standard_error`` there is one figure for each difficulty that occurs.
+    The model goes on from each prompt, by its likeliest tokens unless told otherwise, as many as
+    the longest answer has; the task's own checker reads the completion. Beside ``accuracy`` and its
+    binomial ``standard_error`` there is one figure for each difficulty that occurs.
 
     Attributes:
         task: makes and checks the problems.
         problems: how many.
         batch_size: prompts continued at a time.
-        seed: of the problems.
+        seed: of the problems, and of what is drawn.
+        decoder: how it goes on; its bound and its end are those of the task.
+        thoughts: tokens before the answer, which are not read.
+        attempts: completions of each problem, one of which has to be right; more than one only
+            helps a decoder that draws.
     """
 
     task: Task
     problems: int = 256
     batch_size: int = 64
     seed: int = 0
+    decoder: Decoder = Autoregressive(sampler=Greedy())
+    thoughts: int = 0
+    attempts: int = 1
 
     def __post_init__(self) -> None:
-        if self.problems < 1 or self.batch_size < 1:
-            raise ValueError("problems and batch_size must be 1 or more")
+        if min(self.problems, self.batch_size, self.attempts) < 1 or self.thoughts < 0:
+            raise ValueError(
+                "problems, batch_size and attempts must be 1 or more, thoughts 0 or more"
+            )
 
     def __call__(
         self, *, model: nn.Module, params: PyTree, tokenizer: Tokenizer
@@ -74,9 +83,9 @@ class TaskAccuracy(Evaluation):
     def _results(self, view: View, end_id: int) -> list[tuple[int, bool]]:
         """Difficulty of each problem, and whether it was answered."""
         problems = self.task.problems(seed=(_STREAM, self.seed), count=self.problems)
-        decoder = Autoregressive(
-            max_new_tokens=max(len(problem.answer) for problem in problems),
-            sampler=Greedy(),
+        decoder = dataclasses.replace(
+            self.decoder,
+            max_new_tokens=self.thoughts + max(len(problem.answer) for problem in problems),
             end_ids=(end_id,),
         )
         results = []
@@ -84,11 +93,18 @@ class TaskAccuracy(Evaluation):
             batch = problems[start : start + self.batch_size]
             # The last batch repeats its first prompt, so that all have one shape.
             filled = batch + batch[:1] * (min(self.batch_size, self.problems) - len(batch))
-            written = decoder(view, [p.prompt for p in filled], key=jax.random.key(0))
-            for problem, tokens, length in zip(
-                batch, written.tokens, written.lengths, strict=False
-            ):
-                completion = tokens[:length].tolist()
-                is_right = self.task.check(prompt=problem.prompt, completion=completion)
-                results.append((problem.difficulty, is_right))
+            right = np.zeros(len(batch), bool)
+            for attempt in range(self.attempts):
+                key = stream(self.seed, "attempt", start, attempt)
+                written = decoder(view, [p.prompt for p in filled], key=key)
+                answers = [
+                    tokens[self.thoughts : length].tolist()
+                    for tokens, length in zip(written.tokens, written.lengths, strict=True)
+                ]
+                right |= [
+                    self.task.check(prompt=problem.prompt, completion=answer)
+                    for problem, answer in zip(batch, answers, strict=False)
+                ]
+            difficulties = [problem.difficulty for problem in batch]
+            results += zip(difficulties, right.tolist(), strict=True)
         return results

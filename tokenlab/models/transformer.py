@@ -123,6 +123,8 @@ class Transformer(nn.Module):
         dtype: dtype of activations; parameters stay float32.
         embedding_scale: factor on input embeddings.
         max_length: longest document position the model is meant for.
+        learned_positions: whether an embedding of each position, up to ``max_length``, is learned
+            and added to what enters the stack, as in GPT-2 and BERT.
     """
 
     vocab_size: int
@@ -135,11 +137,21 @@ class Transformer(nn.Module):
     dtype: Literal["float32", "bfloat16"] = "float32"
     embedding_scale: float = 1.0
     max_length: int = 2048
+    learned_positions: bool = False
 
     def setup(self) -> None:
-        """Creates the embedding, which both ends share."""
+        """Creates the embedding, which both ends share, and that of positions."""
         shape, axes = (self.vocab_size, self.dim), ("vocab", "embed")
-        self.embedding = parameter(self, "embedding", nn.initializers.normal(0.02), shape, axes)
+        small = nn.initializers.normal(0.02)
+        self.embedding = parameter(self, "embedding", small, shape, axes)
+        if self.learned_positions:
+            self.position_embedding = parameter(
+                self,
+                "position_embedding",
+                small,
+                (self.max_length, self.dim),
+                ("positions", "embed"),
+            )
 
     @nn.compact
     def __call__(
@@ -172,6 +184,8 @@ class Transformer(nn.Module):
         if self.is_initializing():
             self.head(self.embedding)
         x = self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype)
+        if self.learned_positions:
+            x += jnp.take(self.position_embedding, positions, axis=0, mode="clip").astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
         x, trace, cache = self.depth(
             x,
@@ -190,6 +204,15 @@ class Transformer(nn.Module):
         """What enters the stack for each token."""
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         return x * self.embedding_scale
+
+    def mix(self, mixture: Float[Array, "B T V"]) -> Hidden:
+        """What enters the stack for mixtures of tokens: the means of their embeddings.
+
+        Args:
+            mixture: share of each token, float32.
+        """
+        x = jnp.einsum("btv,vd->btd", mixture, self.embedding, precision=jax.lax.Precision.HIGHEST)
+        return x.astype(self.dtype) * self.embedding_scale
 
     @nn.nowrap
     def causal_twin(self) -> Transformer:

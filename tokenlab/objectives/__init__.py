@@ -10,11 +10,14 @@ from tokenlab.objectives.base import (
     TokenWeights,
 )
 from tokenlab.objectives.distill import StreamError, TeacherKL
+from tokenlab.objectives.mixtures import DistributionKL, MixturePolicy, group_advantages
 from tokenlab.objectives.next_token import NextToken, SmoothedNextToken, ZLoss
 
 __all__ = [
     "AllTokens",
     "AuxiliaryTerm",
+    "DistributionKL",
+    "MixturePolicy",
     "NextToken",
     "Objective",
     "SmoothedNextToken",
@@ -25,4 +28,5 @@ __all__ = [
     "TokenLoss",
     "TokenWeights",
     "ZLoss",
+    "group_advantages",
 ]

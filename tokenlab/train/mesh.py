@@ -27,6 +27,7 @@ RULES = (
     ("embed", "fsdp"),
     ("embed_act", None),
     ("norm", None),
+    ("positions", None),
     ("codes", None),
     ("layers", None),
 )

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from tokenlab.core.duration import Clock, Duration, Fraction
 from tokenlab.core.errors import UserError
+from tokenlab.train.forgetting import Forgetting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,11 +127,15 @@ class Optimizer(abc.ABC):
             ``*/feedforward/*``; the rest stays as it is.
         groups: parameters with optimisers of their own, which ``trained`` need not name; the first
             group that names a parameter has it.
+        clip_norm: bound on the gradient's global norm, or None.
+        forgetting: trained parameters that are drawn anew now and then, or None.
     """
 
     learning_rate: Schedule
     trained: tuple[str, ...] = ("*",)
     groups: tuple[Group, ...] = ()
+    clip_norm: float | None = None
+    forgetting: Forgetting | None = None
 
     def build(self, clock: Clock) -> optax.GradientTransformation:
         """The optax transformation in steps of this run; it keeps nothing of what it freezes.
@@ -138,12 +143,12 @@ class Optimizer(abc.ABC):
         Raises:
             UserError: on its first use, a pattern names no parameter.
         """
-        moving = self.moving(self.learning_rate.build(clock))
+        moving = self._moving(clock)
         if self.trained == ("*",) and not self.groups:
             return moving
         patterns = {f"group_{i}": group.parameters for i, group in enumerate(self.groups)}
         parts: dict[Hashable, optax.GradientTransformation] = {
-            label: group.optimizer.moving(group.optimizer.learning_rate.build(clock))
+            label: group.optimizer._moving(clock)
             for label, group in zip(patterns, self.groups, strict=True)
         }
         parts |= {"trained": moving, "frozen": optax.set_to_zero()}
@@ -151,9 +156,25 @@ class Optimizer(abc.ABC):
             parts, functools.partial(_labels, patterns | {"trained": self.trained})
         )
 
+    def _moving(self, clock: Clock) -> optax.GradientTransformation:
+        """What moves the trained parameters, forgetting included."""
+        schedule = self.learning_rate.build(clock)
+        if self.forgetting is None:
+            return self.moving(schedule)
+        # One count of steps serves all leaves of a state, so what is forgotten has its own state;
+        # the norm that clips is still that of all.
+        unclipped = dataclasses.replace(self, clip_norm=None).moving(schedule)
+        labels = functools.partial(
+            _labels, {"forgotten": self.forgetting.parameters, "kept": ("*",)}
+        )
+        parts = optax.partition({"forgotten": unclipped, "kept": unclipped}, labels)
+        return self.forgetting.around(
+            optax.chain(_clip(self.clip_norm), parts), labels=labels, clock=clock
+        )
+
     @abc.abstractmethod
     def moving(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-        """The transformation of the parameters that are trained."""
+        """The transformation of the parameters that are trained, clipping included."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,7 +228,7 @@ class SGD(Optimizer):
     def moving(self, schedule: optax.Schedule) -> optax.GradientTransformation:
         """The transformation of the parameters that are trained."""
         sized = optax.scale_by_sign() if self.sign else optax.identity()
-        return optax.chain(sized, optax.scale_by_learning_rate(schedule))
+        return optax.chain(_clip(self.clip_norm), sized, optax.scale_by_learning_rate(schedule))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,9 @@ from tokenlab.data.tasks.alphabet import AlphabetTokenizer
 from tokenlab.data.tasks.associative_recall import AssociativeRecall
 from tokenlab.data.tasks.base import Problem, Task, TaskBatch
 from tokenlab.data.tasks.grid_questions import GridQuestions
+from tokenlab.data.tasks.minimum_sum import MinimumNonNegativeSum
 from tokenlab.data.tasks.pointer_chase import PointerChase
+from tokenlab.data.tasks.role_grammar import RoleGrammar
 from tokenlab.data.tasks.source import TaskSource
 
 __all__ = [
@@ -13,8 +15,10 @@ __all__ = [
     "AlphabetTokenizer",
     "AssociativeRecall",
     "GridQuestions",
+    "MinimumNonNegativeSum",
     "PointerChase",
     "Problem",
+    "RoleGrammar",
     "Task",
     "TaskBatch",
     "TaskSource",

@@ -26,6 +26,10 @@ class TaskBatch(NamedTuple):
         positions: int32; restart at 0 in each segment.
         weights: float32; 1 where the target is a token of an answer, else 0.
         difficulty: int32 at the positions of weight 1, in the task's own unit; -1 elsewhere.
+        distribution: float32; where a task has more than one right target, the share of each at the
+            positions of weight 1, and zero elsewhere. None where targets say all.
+        mixture: float32; the shares of tokens that are read in place of one, and zero where the
+            token itself is read. None where no position reads a mixture.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -34,6 +38,8 @@ class TaskBatch(NamedTuple):
     positions: Int[np.ndarray, "B T"]
     weights: Float[np.ndarray, "B T"]
     difficulty: Int[np.ndarray, "B T"]
+    distribution: Float[np.ndarray, "B T V"] | None = None
+    mixture: Float[np.ndarray, "B T V"] | None = None
 
 
 class Problem(NamedTuple):
