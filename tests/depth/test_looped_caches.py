@@ -111,7 +111,9 @@ def dense(model, params, batch, active):
 
         y = layer("block_0", x, keys, shown_of(read))
         if "depth" in params:
-            gate = 0.1 * jax.nn.sigmoid(x @ params["depth"][f"router_{r}"]["kernel"])
+            gate = 0.1 * jax.nn.sigmoid(
+                x @ params["depth"][f"router_{r}"]["scores"]["kernel"][:, 0]
+            )
             y = x + gate[..., None] * y
         x = jnp.where(kept[..., None], y, x)
     x = layer("block_last", x, projected, shown_of(valid))

@@ -128,7 +128,7 @@ def dense(model, params, batch, active):
     x = layer("block_first", params["embedding"][arrays["tokens"]], valid)
     for r in range(model.depth.recursions):
         kept = active[1 + r]
-        score = x @ params["depth"][f"router_{r}"]["kernel"]
+        score = x @ params["depth"][f"router_{r}"]["scores"]["kernel"][:, 0]
         gate = 0.1 / (1 + jnp.exp(-score))
         update = gate[:, :, None] * layer("block_0", x, kept)
         x = jnp.where(kept[:, :, None], x + update, x)

@@ -92,6 +92,10 @@ def test_a_study_runs_is_recorded_and_resumes_without_training(make, tmp_path):
     (folder / "results.json").unlink()
     with pytest.raises(UserError, match=r"arms are not matched in tokens: packed .*, padded"):
         run(make(matched="tokens", seeds=(0,)), folder)
+    # The column that a claim names is the one that counts for it.
+    own = dataclasses.replace(study.claims[0], matched="tokens")
+    with pytest.raises(UserError, match=r"arms are not matched in tokens: packed"):
+        run(make(seeds=(0,), claims=(own,)), folder)
     wrong = Claim(arm="packed", than="padded", metric="held_out/bits_per_bite")
     with pytest.raises(UserError, match="measures no 'held_out/bits_per_bite'; it has held_out/"):
         run(make(claims=(wrong,), seeds=(0,)), folder)

@@ -67,12 +67,13 @@ class MixtureOfRecursions(Recursive):
         kept, routes = segments > 0, []
         tokens = jnp.sum(kept, axis=1)
         for r in range(self.recursions):
-            share, whole = self.recursions - r, self.recursions
+            left, whole = self.recursions - r, self.recursions
             route = self.router.copy(parent=self, name=f"router_{r}")(
                 x,
                 active=kept,
-                capacity=max(1, x.shape[1] * share // whole),
-                limit=jnp.minimum(tokens, jnp.maximum(1, tokens * share // whole)),
+                capacity=max(1, x.shape[1] * left // whole),
+                limit=jnp.minimum(tokens, jnp.maximum(1, tokens * left // whole)),
+                share=left / min(left + 1, whole),
             )
             picked = Picked(route.index, route.kept)
             of = jnp.where(route.valid(), picked.gather(segments), 0)

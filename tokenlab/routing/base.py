@@ -104,7 +104,13 @@ class Router(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self, x: Hidden, *, active: Bool[Array, "B T"], capacity: int, limit: Int[Array, " B"]
+        self,
+        x: Hidden,
+        *,
+        active: Bool[Array, "B T"],
+        capacity: int,
+        limit: Int[Array, " B"],
+        share: float,
     ) -> Route:
         """Picks among the active tokens.
 
@@ -113,6 +119,7 @@ class Router(nn.Module, abc.ABC):
             active: tokens that may be picked; none of them is padding.
             capacity: slots C of the result, for members that fill a fixed number.
             limit: of those, how many a row may use.
+            share: of the active tokens, for members that pick each by itself and by chance.
         """
 
     @nn.nowrap

@@ -10,32 +10,40 @@ from flax import linen as nn
 
 from kernels_pallas.token_routing import in_use
 from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int
-from tokenlab.core.parameters import parameter
 from tokenlab.core.weighted import Weighted
 from tokenlab.routing.base import Route, Router
+from tokenlab.routing.scores import LinearScores, Scores
 
 
-class _ScoringRouter(Router):
-    """What the two share: scores ``u = w . x / temperature``, gates ``alpha * sigmoid(u)``."""
+class ScoringRouter(Router):
+    """Scores ``u`` of a part over a temperature, and gates ``alpha * sigmoid(u)``.
+
+    Attributes:
+        alpha: the gate of a token of highest confidence.
+        temperature: divides the scores.
+        head: gives ``u``.
+    """
 
     alpha: float = 0.1
     temperature: float = 1.0
+    head: Scores = LinearScores()
 
-    def _scores(self, x: Hidden) -> Float[Array, "B T"]:
-        init = nn.initializers.normal(0.02)
-        weight = parameter(self, "kernel", init, (x.shape[-1],), ("embed",))
-        return jnp.einsum("btd,d->bt", x.astype(jnp.float32), weight) / self.temperature
+    def _scored(self, x: Hidden, name: str = "scores") -> Float[Array, "B T"]:
+        of = self.head.copy(parent=self, name=name)
+        return of(x, choices=1)[..., 0] / self.temperature
 
     def _gates(self, scores: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return self.alpha * jax.nn.sigmoid(scores)
 
 
-class ExpertChoiceRouter(_ScoringRouter):
+class ExpertChoiceRouter(ScoringRouter):
     """The tokens of highest score, a fixed number of each row; training only, it sees the future.
 
     The gradient reaches the scores through the gates. ``aux["membership"]`` is the binary
     cross-entropy of ``sigmoid(u)`` against the choice, over the tokens that could be picked: it
-    teaches the scores to be read with a threshold, which is how the causal twin picks.
+    teaches the scores to be read with a threshold, which is how the causal twin picks. With
+    ``auxiliary`` it teaches scores of their own instead, from a stream that gets no gradient, so
+    that the choice itself is left alone.
 
     Reference: Raposo, Ritter, Richards, Lillicrap, Humphreys, Santoro, "Mixture-of-Depths:
     Dynamically allocating compute in transformer-based language models", 2024,
@@ -43,25 +51,29 @@ class ExpertChoiceRouter(_ScoringRouter):
     Depths for Adaptive Token-Level Computation", 2025, arXiv:2507.10524.
 
     Attributes:
-        alpha: the gate of a token of highest confidence.
-        temperature: divides the scores.
+        auxiliary: whether the threshold is read from scores of its own.
     """
 
+    auxiliary: bool = False
     causal: ClassVar[bool] = False
 
     @nn.compact
     def __call__(
-        self, x: Hidden, *, active: Bool[Array, "B T"], capacity: int, limit: Int[Array, " B"]
+        self,
+        x: Hidden,
+        *,
+        active: Bool[Array, "B T"],
+        capacity: int,
+        limit: Int[Array, " B"],
+        share: float,
     ) -> Route:
         """The best ``limit`` active tokens of each row; equal scores go to the earlier token."""
-        scores = self._scores(x)
-        ranked = jnp.where(active, jax.lax.stop_gradient(scores), -jnp.inf)
-        best = jax.lax.top_k(ranked, capacity)[1]
-        used = in_use(best, jnp.minimum(limit, jnp.sum(active, axis=1)))
-        rows = jnp.arange(best.shape[0])[:, None]
-        kept = jnp.zeros(scores.shape, bool)
-        kept = kept.at[rows, jnp.where(used, best, scores.shape[1])].set(True, mode="drop")
-        surprise = jax.nn.softplus(scores) - jnp.where(kept, scores, 0.0)
+        scores = self._scored(x)
+        kept = highest(scores, active=active, capacity=capacity, limit=limit)
+        told = scores
+        if self.auxiliary:
+            told = self._scored(jax.lax.stop_gradient(x), "auxiliary_scores")
+        surprise = jax.nn.softplus(told) - jnp.where(kept, told, 0.0)
         membership = Weighted.of(surprise, active.astype(jnp.float32))
         return Route.of(
             kept, self._gates(scores), capacity=capacity, aux={"membership": membership}
@@ -70,31 +82,62 @@ class ExpertChoiceRouter(_ScoringRouter):
     @nn.nowrap
     def causal_twin(self) -> Router:
         """A threshold at one half on the same scores."""
-        return ThresholdRouter(alpha=self.alpha, temperature=self.temperature)
+        return ThresholdRouter(
+            alpha=self.alpha,
+            temperature=self.temperature,
+            head=self.head,
+            auxiliary=self.auxiliary,
+        )
 
 
-class ThresholdRouter(_ScoringRouter):
+class ThresholdRouter(ScoringRouter):
     """Every active token with ``sigmoid(u) >= 1/2``, however many there are.
 
     Reference: as ``ExpertChoiceRouter``, whose causal twin it is.
 
     Attributes:
-        alpha: the gate of a token of highest confidence.
-        temperature: divides the scores.
+        auxiliary: whether the threshold is read from scores of its own.
     """
 
+    auxiliary: bool = False
     causal: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
-        self, x: Hidden, *, active: Bool[Array, "B T"], capacity: int, limit: Int[Array, " B"]
+        self,
+        x: Hidden,
+        *,
+        active: Bool[Array, "B T"],
+        capacity: int,
+        limit: Int[Array, " B"],
+        share: float,
     ) -> Route:
         """Each token by its own score; the capacity is the whole row."""
-        scores = self._scores(x)
-        kept = active & (scores >= 0)
+        scores = self._scored(x)
+        told = self._scored(x, "auxiliary_scores") if self.auxiliary else scores
+        kept = active & (told >= 0)
         return Route.of(kept, self._gates(scores), capacity=x.shape[1], aux={})
 
     @nn.nowrap
     def causal_twin(self) -> Router:
         """Itself."""
         return self
+
+
+def highest(
+    scores: Float[Array, "B T"],
+    *,
+    active: Bool[Array, "B T"],
+    capacity: int,
+    limit: Int[Array, " B"],
+) -> Bool[Array, "B T"]:
+    """The ``limit`` active tokens of highest score in each row, at most ``capacity``.
+
+    Equal scores go to the earlier token.
+    """
+    ranked = jnp.where(active, jax.lax.stop_gradient(scores), -jnp.inf)
+    best = jax.lax.top_k(ranked, capacity)[1]
+    used = in_use(best, jnp.minimum(limit, jnp.sum(active, axis=1)))
+    rows = jnp.arange(best.shape[0])[:, None]
+    kept = jnp.zeros(scores.shape, bool)
+    return kept.at[rows, jnp.where(used, best, scores.shape[1])].set(True, mode="drop")

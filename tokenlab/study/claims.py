@@ -47,6 +47,7 @@ class Claim:
         better: which direction is better.
         margin: advantage to exceed, in units of the metric; below 0 where a loss is allowed.
         relative: whether the advantage is a share of the other arm's figure instead.
+        matched: the column in which the two arms are equal; None is the study's.
     """
 
     arm: str
@@ -55,6 +56,7 @@ class Claim:
     better: Literal["lower", "higher"] = "lower"
     margin: float = 0.0
     relative: bool = False
+    matched: str | None = None
 
     def arms(self) -> tuple[str, ...]:
         """The arms it speaks of, which have to be matched."""

@@ -33,7 +33,7 @@ class Study:
         question: one sentence that the study answers.
         arms: experiments or trials by name; they differ in what is studied.
         matched: ledger column, or cost of the trials, in which the arms that a claim compares are
-            equal to one per cent.
+            equal to one per cent, where the claim names no other.
         claims: what should come out.
         seeds: every arm runs with each of them.
     """
@@ -155,6 +155,7 @@ def _check_names(study: Study) -> None:
     if trained:
         columns = [field.name for field in dataclasses.fields(Ledger)]
         wanted.append(("ledger column", study.matched, columns))
+        wanted += [("ledger column", _column(study, claim), columns) for claim in study.claims]
     for claim in study.claims:
         evaluation = claim.metric.partition("/")[0]
         wanted += [("arm", arm, study.arms) for arm in claim.arms()]
@@ -169,15 +170,23 @@ def _check_names(study: Study) -> None:
 
 
 def _check_matched(study: Study, ledger: Mapping[str, Mapping[str, float]]) -> None:
+    columns = {study.matched} | {_column(study, claim) for claim in study.claims}
     for arm, costs in ledger.items():
-        if study.matched not in costs:
+        for column in sorted(columns - set(costs)):
             shown = ", ".join(costs)
-            raise UserError(f"study {study.name}: {arm} has no {study.matched!r}; it has {shown}")
+            raise UserError(f"study {study.name}: {arm} has no {column!r}; it has {shown}")
     for claim in study.claims:
-        totals = {arm: ledger[arm][study.matched] for arm in claim.arms()}
+        column = _column(study, claim)
+        totals = {arm: ledger[arm][column] for arm in claim.arms()}
         if max(totals.values()) > (1 + MATCH_TOLERANCE) * min(totals.values()):
             shown = ", ".join(f"{arm} {total:.4g}" for arm, total in totals.items())
-            raise UserError(f"study {study.name}: arms are not matched in {study.matched}: {shown}")
+            raise UserError(f"study {study.name}: arms are not matched in {column}: {shown}")
+
+
+def _column(study: Study, claim: Claim | Bound) -> str:
+    """In which the arms of a claim have to be equal."""
+    own = claim.matched if isinstance(claim, Claim) else None
+    return own or study.matched
 
 
 def tables(result: StudyResult) -> list[Table]:
