@@ -27,6 +27,7 @@ from tokenlab.train.optimizer import (
     Group,
     Muon,
     Optimizer,
+    PowerDecay,
     Schedule,
     WarmupStableDecay,
     decayed,
@@ -73,6 +74,10 @@ TABLE = {
             Cosine(peak=PEAK, warmup=Tokens(count=200), floor=0.0),
             lambda step: half_cosine(step, 20, 0.0),
         ),
+    ),
+    PowerDecay: (
+        Case(PowerDecay(peak=PEAK), lambda step: PEAK / (step + 1)),
+        Case(PowerDecay(peak=PEAK, exponent=0.5), lambda step: PEAK / math.sqrt(step + 1)),
     ),
     WarmupStableDecay: (
         Case(WarmupStableDecay(peak=PEAK), lambda step: plateau(step, 2, 20, 0.0)),

@@ -1,6 +1,17 @@
 """Pure Linen models and their parts."""
 
 from tokenlab.models.attention import Attention, Mixer
+from tokenlab.models.expert_schedules import (
+    AscendingExperts,
+    DescendingExperts,
+    ExpertSchedule,
+    InversePyramidExperts,
+    PyramidExperts,
+    UniformExperts,
+    WaveExperts,
+    with_expert_schedule,
+)
+from tokenlab.models.experts import MixtureOfExperts
 from tokenlab.models.flex_ma import FlexMA
 from tokenlab.models.grid import Grid, Window
 from tokenlab.models.heads import Head, LinearHead, TiedHead, VQHead
@@ -35,15 +46,19 @@ from tokenlab.models.transformer import (
 
 __all__ = [
     "MMATE",
+    "AscendingExperts",
     "Attention",
     "Block",
     "BlockPattern",
+    "DescendingExperts",
+    "ExpertSchedule",
     "FeedForward",
     "FlexMA",
     "GatedFeedForward",
     "GeGLU",
     "Grid",
     "Head",
+    "InversePyramidExperts",
     "Linear",
     "LinearHead",
     "LinearScaling",
@@ -51,14 +66,18 @@ __all__ = [
     "LocalWindows",
     "LowRank",
     "Mixer",
+    "MixtureOfExperts",
     "ModelOutput",
+    "PyramidExperts",
     "RMSNorm",
     "Rotary",
     "RotaryScaling",
     "SwiGLU",
     "TiedHead",
     "Transformer",
+    "UniformExperts",
     "VQHead",
+    "WaveExperts",
     "Window",
     "for_decoding",
     "linmu",
@@ -68,5 +87,6 @@ __all__ = [
     "transformer_15m",
     "transformer_135m",
     "unrolled",
+    "with_expert_schedule",
     "with_teacher",
 ]

@@ -271,7 +271,14 @@ class GatedFeedForward(FeedForward):
 
 
 class SwiGLU(GatedFeedForward):
-    """Gated by ``silu(x) = x sigmoid(x)``."""
+    """Gated by ``silu(x) = x sigmoid(x)``.
+
+    Reference: as ``GatedFeedForward``: arXiv:2002.05202.
+
+    Attributes:
+        hidden_dim: width of the gated layer.
+        adapter: what is added to each of the three kernels, or None.
+    """
 
     @nn.nowrap
     def activation(self, gate: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
@@ -280,7 +287,14 @@ class SwiGLU(GatedFeedForward):
 
 
 class GeGLU(GatedFeedForward):
-    """Gated by the tanh form of the Gaussian error linear unit, as Gemma is."""
+    """Gated by the tanh form of the Gaussian error linear unit, as Gemma is.
+
+    Reference: as ``GatedFeedForward``: arXiv:2002.05202.
+
+    Attributes:
+        hidden_dim: width of the gated layer.
+        adapter: what is added to each of the three kernels, or None.
+    """
 
     @nn.nowrap
     def activation(self, gate: Float[Array, "B T F"]) -> Float[Array, "B T F"]:

@@ -24,6 +24,7 @@ RULES = (
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
+    ("experts", "expert"),
     ("embed", "fsdp"),
     ("embed_act", None),
     ("norm", None),

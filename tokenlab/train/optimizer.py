@@ -99,6 +99,28 @@ class WarmupStableDecay(Schedule):
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PowerDecay(Schedule):
+    """``peak / n^exponent`` at step n, counted from 1: the step sizes of online optimisation.
+
+    With exponent 1 the regret on strongly convex losses grows with the logarithm of n, with
+    exponent 1/2 the regret on convex ones with its root.
+
+    Reference: Hazan, Agarwal, Kale, "Logarithmic Regret Algorithms for Online Convex Optimization",
+    Machine Learning 69, 2007; Zinkevich, "Online Convex Programming and Generalized Infinitesimal
+    Gradient Ascent", ICML 2003.
+
+    Attributes:
+        exponent: of the step.
+    """
+
+    exponent: float = 1.0
+
+    def build(self, clock: Clock) -> optax.Schedule:
+        """The schedule in steps of this run."""
+        return lambda step: self.peak / (step + 1.0) ** self.exponent
+
+
 def _rise(peak: float, warmup: int) -> optax.Schedule:
     # Optax takes a ramp of no steps to stay at its first value for ever.
     return optax.warmup_constant_schedule(0.0 if warmup else peak, peak, warmup)
@@ -318,7 +340,7 @@ def decayed(params: PyTree) -> PyTree:
 
 
 def _is_decayed(path: tuple) -> bool:
-    return not {"scale", "bias", "codes", "log_rate"} & set(_names(path))
+    return not {"scale", "bias", "threshold", "codes", "log_rate"} & set(_names(path))
 
 
 def _names(path: tuple) -> list[str]:

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from tokenlab.core.arrays import Array, Int, PRNGKeyArray, Scalar
+from tokenlab.core.arrays import Array, Float, Int, PRNGKeyArray, Scalar
 from tokenlab.core.context import Context, View
 from tokenlab.core.ledger import Ledger
 from tokenlab.core.rng import stream
@@ -285,7 +285,7 @@ class Trainer:
 
 
 def _with_weights(
-    sums: Mapping[str, Weighted], weights: Mapping[str, Scalar]
+    sums: Mapping[str, Weighted], weights: Mapping[str, Float[Array, "*R"]]
 ) -> dict[str, Weighted]:
     return {name: Weighted(total=s.total, weight=weights[name]) for name, s in sums.items()}
 
