@@ -68,7 +68,8 @@ class Row(NamedTuple):
 TABLE = {
     TopKGate: Row(TopKGate(k=2), lambda g, *_: (softmax(g), top(g, 2))),
     BiasedTopKGate: Row(
-        BiasedTopKGate(k=3), lambda g, params, *_: (sigmoid(g), top(sigmoid(g) + params["bias"], 3))
+        BiasedTopKGate(k=3),
+        lambda g, params, *_: (sigmoid(g), top(sigmoid(g) + np.asarray(params["bias"]), 3)),
     ),
     PooledThresholdGate: Row(PooledThresholdGate(percentile=75.0), above(pooled), True),
     TokenThresholdGate: Row(TokenThresholdGate(percentile=75.0), above(by_token)),
