@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from typing import Literal
 
 import flax.struct
@@ -163,7 +164,8 @@ class BiasedTopKGate(TopKGate):
         choice = self._mixed(scores, best(fixed + bias[None, None], self.k), valid)
         tokens = jnp.sum(valid, dtype=jnp.float32)
         dual = lagrangian(fixed, bias=bias, chosen=choice.chosen)
-        return choice.replace(aux={"dual": Weighted(total=dual, weight=tokens)})
+        aux = {"dual": Weighted(total=dual, weight=tokens)}
+        return dataclasses.replace(choice, aux=aux)
 
 
 def best(scores: Scores, k: int) -> Bool[Array, "B T E"]:
