@@ -184,7 +184,7 @@ class Language(Trial):
     """
 
     balance: Literal["nothing", "loss", "biases"]
-    steps: int = 500
+    steps: int
     last: int = 100
 
     def measure(self, *, seed: int) -> Measured:
@@ -224,9 +224,9 @@ def study() -> Study:
             "1/n": Online(rate=PowerDecay(peak=1.0)),
             "1/sqrt(n)": Online(rate=PowerDecay(peak=0.5, exponent=0.5)),
             "constant": Online(rate=Constant(peak=0.2)),
-            "nothing": Language(balance="nothing"),
-            "loss": Language(balance="loss"),
-            "biases": Language(balance="biases"),
+            "nothing": Language(balance="nothing", steps=1000),
+            "loss": Language(balance="loss", steps=1000),
+            "biases": Language(balance="biases", steps=1000),
         },
         matched="tokens",
         claims=(

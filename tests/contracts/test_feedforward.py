@@ -10,12 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from flax import linen as nn
 
 import tokenlab.models
 from tokenlab import config
 from tokenlab.core.reports import REPORTS
-from tokenlab.models import FeedForward, GeGLU, MixtureOfExperts, SwiGLU
+from tokenlab.models import (
+    FeedForward,
+    GeGLU,
+    MixtureOfExperts,
+    Pattention,
+    PattentionFeedForward,
+    SwiGLU,
+)
 from tokenlab.routing import FixedThresholdGate, PooledThresholdGate, TopKGate
 
 DIM, HIDDEN = 8, 12
@@ -49,6 +57,12 @@ def experts(params, x, valid):
     return out
 
 
+def learned_tokens(params, x, valid):
+    scores = x @ params["pattention"]["keys"].T
+    scores *= math.sqrt(6) / np.linalg.norm(scores, axis=-1, keepdims=True)
+    return scores * scipy.stats.norm.cdf(scores) @ params["pattention"]["values"]
+
+
 class Row(NamedTuple):
     """A member, its output in NumPy, and operations of a token beside those it reports."""
 
@@ -62,6 +76,9 @@ TABLE = {
     GeGLU: Row(GeGLU(hidden_dim=HIDDEN), gated(gelu), 6 * DIM * HIDDEN),
     MixtureOfExperts: Row(
         MixtureOfExperts(num_experts=5, hidden_dim=HIDDEN, gate=TopKGate(k=2)), experts, 10 * DIM
+    ),
+    PattentionFeedForward: Row(
+        PattentionFeedForward(pattention=Pattention(tokens=6)), learned_tokens, 4 * 6 * DIM
     ),
 }
 every = pytest.mark.parametrize("member", TABLE)

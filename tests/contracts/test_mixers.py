@@ -11,12 +11,15 @@ from flax import linen as nn
 
 import tokenlab.models
 from tokenlab import config
-from tokenlab.models import MMATE, Attention, Grid, Mixer, Window
+from tokenlab.models import MMATE, Attention, Grid, Mixer, Pattention, PattentionAttention, Window
 
 DIM = 16
 ATTENTION = Attention(num_heads=4, num_kv_heads=2)
 TABLE = {
     Attention: ATTENTION,
+    PattentionAttention: PattentionAttention(
+        num_heads=4, num_kv_heads=2, pattention=Pattention(tokens=8)
+    ),
     MMATE: MMATE(
         attention=ATTENTION, grid=Grid(height=3, width=4, start=1), shifted=True, chunk=8,
         window=Window(frames=1, height=2, width=2),

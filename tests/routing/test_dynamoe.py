@@ -12,8 +12,10 @@ from flax import linen as nn
 
 import tokenlab.models
 from tokenlab import config
+from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.core.reports import REPORTS
+from tokenlab.decode import Autoregressive, Greedy
 from tokenlab.models import (
     AscendingExperts,
     BlockPattern,
@@ -160,6 +162,39 @@ def test_the_layer_mixes_experts_by_a_softmax_over_the_active_ones():
     share, mean = active.sum(axis=(0, 1)) / active.sum(), p.mean(axis=(0, 1))
     assert float(reports["balance"][0].mean()) == pytest.approx(E * (share * mean).sum(), rel=1e-5)
     assert float(reports["flops"][0]) == active.sum() * 2 * 2 * 4 * 6
+
+
+def test_what_is_decoded_does_not_depend_on_the_batch():
+    """Nor on what was not read yet: tokens one by one are those of one pass over all."""
+    mixture = MixtureOfExperts(num_experts=4, hidden_dim=6, gate=PooledThresholdGate())
+    plain = llama(vocab_size=13, dim=8, num_layers=2, num_heads=2, num_kv_heads=1, hidden_dim=8)
+    model = config.replace(plain, {"block.feedforward": mixture})
+    ids = jnp.zeros((1, 4), int)
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), ids, positions=ids, segments=ids + 1)
+    )["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: (
+            jnp.full(leaf.shape, 0.25)
+            if leaf.shape == (1,)
+            else jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+        ),
+        nn.meta.unbox(shapes),
+    )
+    prompts = [[3, 5, 7, 9], [4], [11, 2, 6]]
+    decoder = Autoregressive(max_new_tokens=5, sampler=Greedy(), end_ids=())
+    view = View(model=model, params=params)
+    together = decoder(view, prompts, key=jax.random.key(0)).tokens
+    rows = jnp.asarray([[*prompts[0], *together[0].tolist()]])
+    where = {"positions": jnp.arange(rows.shape[1])[None], "segments": jnp.ones_like(rows)}
+    whole = view(rows, **where)
+    logits = view(whole.hidden, method="logits")
+    np.testing.assert_array_equal(jnp.argmax(logits[0, 3:-1], axis=-1), together[0])
+    assert len(np.unique(whole.trace.figures["active_experts"])) > 1
+    for number, prompt in enumerate(prompts):
+        alone = decoder(view, [prompt], key=jax.random.key(0)).tokens
+        np.testing.assert_array_equal(alone[0], together[number])
 
 
 # ---------------------------------------------------------------- experts by layer

@@ -31,6 +31,12 @@ from tokenlab.models.layers import (
 )
 from tokenlab.models.linmu import MMATE, linmu, with_teacher
 from tokenlab.models.local_windows import LocalWindows
+from tokenlab.models.token_former import (
+    Pattention,
+    PattentionAttention,
+    PattentionFeedForward,
+    token_former,
+)
 from tokenlab.models.transformer import (
     Block,
     BlockPattern,
@@ -68,6 +74,9 @@ __all__ = [
     "Mixer",
     "MixtureOfExperts",
     "ModelOutput",
+    "Pattention",
+    "PattentionAttention",
+    "PattentionFeedForward",
     "PyramidExperts",
     "RMSNorm",
     "Rotary",
@@ -83,6 +92,7 @@ __all__ = [
     "linmu",
     "llama",
     "rotate",
+    "token_former",
     "transformer_1m",
     "transformer_15m",
     "transformer_135m",

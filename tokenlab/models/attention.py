@@ -183,7 +183,7 @@ class Attention(Mixer):
             first = None if self.prefill is None else self._prefilled
             out, cache = cache.attend(new, rule=self.rule, impl=self.impl, first=first)
         out = out.reshape(*x.shape[:2], self.num_heads * heads.width)
-        return Linear(x.shape[-1], axes=("heads", "embed"), name="out")(out), cache
+        return self._projected(out, x.shape[-1], name="out", axes=("heads", "embed")), cache
 
     def _prefilled(
         self, new: Entries, heads: Heads
@@ -322,6 +322,12 @@ class Attention(Mixer):
         self, x: Hidden, count: int, width: int, name: str, norm: RMSNorm | None
     ) -> Float[Array, "B T H E"]:
         axes = ("embed", "heads")
-        flat = Linear(count * width, axes=axes, bias=self.qkv_bias, name=name)(x)
+        flat = self._projected(x, count * width, name=name, axes=axes, bias=self.qkv_bias)
         heads = flat.reshape(*x.shape[:2], count, width)
         return heads if norm is None else norm.copy(parent=self, name=f"{name}_norm")(heads)
+
+    def _projected(
+        self, x: Hidden, features: int, *, name: str, axes: tuple[str, str], bias: bool = False
+    ) -> Float[Array, "B T F"]:
+        """The four projections; what another kind of projection replaces."""
+        return Linear(features, axes=axes, bias=bias, name=name)(x)

@@ -98,7 +98,7 @@ class TopKGate(ExpertGate):
 
     @nn.nowrap
     def most_active(self, num_experts: int) -> int:
-        """K.
+        """As many as every token gets.
 
         Raises:
             UserError: there are fewer experts.
