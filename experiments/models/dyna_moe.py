@@ -10,8 +10,14 @@ Paper:    Gülmez, "DynaMoE: Dynamic Token-Level Expert Activation with Layer-Wi
 Command:  python -m tokenlab study experiments/models/dyna_moe.py
           python -m tokenlab data fetch english_prose
           python -m tokenlab train experiments/models/dyna_moe.py
-Hardware: one CPU core, ten minutes.
-Expected: TODO
+Hardware: one CPU core, fifteen minutes.
+Expected: pooled thresholds are as accurate as top-k (85.9 and 85.9 % with a quarter of the experts,
+          86.1 and 86.1 % with half), and tokens that get more experts have the higher losses
+          (correlation 0.05). That gradients vary less is not visible, in neither setting (-29 %,
+          95 % interval -127 to 70, and 13 %, -27 to 53), so the study as a whole does not hold.
+          The six schedules lie within 0.2 points of each other, whose intervals are 0.7 points
+          wide each way. Read with the kept thresholds, which lag behind, tokens get 1.8 and 3.1
+          experts where they had 2 and 4 in training.
 """
 
 import dataclasses

@@ -274,10 +274,6 @@ class SwiGLU(GatedFeedForward):
     """Gated by ``silu(x) = x sigmoid(x)``.
 
     Reference: as ``GatedFeedForward``: arXiv:2002.05202.
-
-    Attributes:
-        hidden_dim: width of the gated layer.
-        adapter: what is added to each of the three kernels, or None.
     """
 
     @nn.nowrap
@@ -290,10 +286,6 @@ class GeGLU(GatedFeedForward):
     """Gated by the tanh form of the Gaussian error linear unit, as Gemma is.
 
     Reference: as ``GatedFeedForward``: arXiv:2002.05202.
-
-    Attributes:
-        hidden_dim: width of the gated layer.
-        adapter: what is added to each of the three kernels, or None.
     """
 
     @nn.nowrap

@@ -165,19 +165,6 @@ class PattentionAttention(Attention):
     tokens for each of the four, as in all its models.
 
     Attributes:
-        num_heads: query heads.
-        num_kv_heads: key and value heads; divides num_heads.
-        head_dim: width of a head; None is model width / num_heads.
-        rope_base: base of the rotary wavelengths.
-        qk_norm: norm of queries and keys before rotation, or None.
-        softcap: bound c of scores by ``c * tanh(score / c)``, or None.
-        rule: which keys a query may see.
-        impl: form of ``kernels_pallas.block_sparse_attention``; None takes the best that the
-            platform has.
-        qkv_bias: must be False.
-        rope_scaling: change of the rotary frequencies, or None.
-        scale: factor of the scores; None is head width ** -0.5.
-        prefill: attention of a whole prompt with itself, or None for all of what the rule shows.
         pattention: the learned tokens, of each of the four by itself.
     """
 

@@ -145,10 +145,6 @@ class BiasedTopKGate(TopKGate):
 
     Differences from the paper: the bias is a parameter with a loss and an optimiser of its own, not
     state beside the parameters; the loss moves nothing else.
-
-    Attributes:
-        k: experts of each token.
-        score: what makes scores of logits.
     """
 
     score: Literal["softmax", "sigmoid"] = "sigmoid"

@@ -90,7 +90,6 @@ class PooledThresholdGate(ThresholdGate):
     the pool is ours. Of micro-batches the quantiles are averaged.
 
     Attributes:
-        most: the most experts of a token, by score; None is all.
         percentile: P, 0 to 100.
     """
 
@@ -119,7 +118,6 @@ class TokenThresholdGate(ThresholdGate):
     Differences from the paper: of probabilities, not logits, which are in the same order.
 
     Attributes:
-        most: the most experts of a token, by score; None is all.
         percentile: P, 0 to 100.
     """
 
@@ -141,7 +139,6 @@ class FixedThresholdGate(ThresholdGate):
     Differences from the paper: τ is not learned, for no gradient reaches it.
 
     Attributes:
-        most: the most experts of a token, by score; None is all.
         threshold: τ, a probability.
     """
 
