@@ -131,12 +131,12 @@ def test_growth_with_the_scale_kept_is_exact_and_without_it_is_not(params):
     layer = more["block_0"]["feedforward"]["pattention"]
     assert layer["keys"].shape == (32, 16) and np.any(layer["values"][16:])
     assert not np.any(layer["keys"][16:])
-    np.testing.assert_allclose(hidden(bigger, more), before, atol=2e-6 * np.abs(before).max())
+    np.testing.assert_allclose(hidden(bigger, more), before, atol=1e-5 * np.abs(before).max())
     twice, again = grown(bigger, more, key=jax.random.key(2))
     assert twice.block.mixer.pattention == MODEL.block.mixer.pattention.clone(
         tokens=32, scaled_as=8
     )
-    np.testing.assert_allclose(hidden(twice, again), before, atol=2e-6 * np.abs(before).max())
+    np.testing.assert_allclose(hidden(twice, again), before, atol=1e-5 * np.abs(before).max())
     rescaled, more = grown(MODEL, params, key=jax.random.key(1), keep_scale=False)
     change = np.linalg.norm(np.asarray(hidden(rescaled, more)) - before) / np.linalg.norm(before)
     assert change > 0.05
