@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import Any
 
 import flax.traverse_util
 import jax
@@ -262,7 +263,7 @@ def grown(
         scale = (part.scaled_as or part.tokens) if keep_scale else None
         return part.clone(tokens=factor * part.tokens, scaled_as=scale)
 
-    flat = flax.traverse_util.flatten_dict(params)
+    flat: dict[Any, Any] = dict(flax.traverse_util.flatten_dict(params))
     for number, (path, leaf) in enumerate(sorted(flat.items())):
         if path[-1] not in ("keys", "values"):
             continue
