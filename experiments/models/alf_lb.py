@@ -9,8 +9,13 @@ Paper:    Han and Zhong, "A Theoretical Framework for Auxiliary-Loss-Free Load B
           Mixture-of-Experts in Large-Scale AI Models", 2025, arXiv:2512.03915.
 Command:  python -m tokenlab data fetch english_prose
           python -m tokenlab study experiments/models/alf_lb.py
-Hardware: one CPU core, ten minutes.
-Expected: TODO
+Hardware: one CPU core, twenty minutes on a busy machine.
+Expected: on fixed scores MaxVio falls from 1.93 to 0.016. From step 250 to 4,000 the regret per
+          token grows by 0.015 with steps 1/n, by 0.14 with 1/sqrt(n) and by 2.5 with constant ones.
+          In the language model biases have MaxVio 0.30 where nothing has 1.35 and the loss 0.39,
+          and 0.22 beside 1.64 and 0.39 at a lower learning rate. That they cost no more than the
+          loss term is not visible in three seeds (4.445 nats beside 4.434, and 4.769 beside 4.770,
+          with intervals of a tenth), so the study as a whole does not hold.
 """
 
 import dataclasses
