@@ -17,7 +17,7 @@ from tokenlab.core.parameters import dense_init, parameter
 from tokenlab.core.weighted import Weighted
 from tokenlab.routing.balance import expert_loads, lagrangian
 
-Scores = Float[Array, "B T E"]
+ExpertScores = Float[Array, "B T E"]
 
 
 @flax.struct.dataclass
@@ -64,7 +64,7 @@ class ExpertGate(nn.Module, abc.ABC):
         """The most experts that a token may get; all of them unless the gate knows better."""
         return num_experts
 
-    def _logits(self, x: Hidden, num_experts: int) -> Scores:
+    def _logits(self, x: Hidden, num_experts: int) -> ExpertScores:
         shape = (x.shape[-1], num_experts)
         kernel = parameter(self, "kernel", dense_init, shape, ("embed", "norm"))
         return jnp.einsum(
@@ -107,13 +107,13 @@ class TopKGate(ExpertGate):
             raise UserError(f"gate.k is {self.k}; use 1 to {num_experts}, the number of experts")
         return self.k
 
-    def _scores(self, x: Hidden, num_experts: int) -> Scores:
+    def _scores(self, x: Hidden, num_experts: int) -> ExpertScores:
         logits = self._logits(x, num_experts)
         return nn.softmax(logits) if self.score == "softmax" else nn.sigmoid(logits)
 
     @nn.nowrap
     def _mixed(
-        self, scores: Scores, chosen: Bool[Array, "B T E"], valid: Bool[Array, "B T"]
+        self, scores: ExpertScores, chosen: Bool[Array, "B T E"], valid: Bool[Array, "B T"]
     ) -> ExpertChoice:
         chosen = chosen & valid[..., None]
         return ExpertChoice(
@@ -164,7 +164,7 @@ class BiasedTopKGate(TopKGate):
         return dataclasses.replace(choice, aux=aux)
 
 
-def best(scores: Scores, k: int) -> Bool[Array, "B T E"]:
+def best(scores: ExpertScores, k: int) -> Bool[Array, "B T E"]:
     """The k highest of each token; equal ones from the first."""
     places = jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1]
     return jnp.any(jax.nn.one_hot(places, scores.shape[-1], dtype=bool), axis=-2)
@@ -191,6 +191,6 @@ def balance_loss(choice: ExpertChoice) -> Weighted:
     return Weighted(total=loads.size * jnp.sum(share * probability), weight=tokens)
 
 
-def _normalised(scores: Scores) -> Scores:
+def _normalised(scores: ExpertScores) -> ExpertScores:
     total = jnp.sum(scores, axis=-1, keepdims=True)
     return scores / jnp.where(total > 0, total, 1.0)

@@ -13,7 +13,7 @@ from tokenlab.core.arrays import Array, Bool, Float, Hidden
 from tokenlab.core.errors import UserError
 from tokenlab.core.parameters import parameter
 from tokenlab.core.weighted import Weighted
-from tokenlab.routing.experts import ExpertChoice, ExpertGate, Scores, best
+from tokenlab.routing.experts import ExpertChoice, ExpertGate, ExpertScores, best
 
 
 class ThresholdGate(ExpertGate):
@@ -31,7 +31,7 @@ class ThresholdGate(ExpertGate):
 
     @abc.abstractmethod
     def _threshold(
-        self, probabilities: Scores, valid: Bool[Array, "B T"], train: bool
+        self, probabilities: ExpertScores, valid: Bool[Array, "B T"], train: bool
     ) -> tuple[Float[Array, "#B #T 1"], dict[str, Weighted]]:
         """τ, and the losses of the gate's own parameters."""
 
@@ -96,7 +96,7 @@ class PooledThresholdGate(ThresholdGate):
     percentile: float = 75.0
 
     def _threshold(
-        self, probabilities: Scores, valid: Bool[Array, "B T"], train: bool
+        self, probabilities: ExpertScores, valid: Bool[Array, "B T"], train: bool
     ) -> tuple[Float[Array, "#B #T 1"], dict[str, Weighted]]:
         init = nn.initializers.constant(1 / probabilities.shape[-1])
         kept = parameter(self, "threshold", init, (1,), ("norm",))
@@ -124,7 +124,7 @@ class TokenThresholdGate(ThresholdGate):
     percentile: float = 75.0
 
     def _threshold(
-        self, probabilities: Scores, valid: Bool[Array, "B T"], train: bool
+        self, probabilities: ExpertScores, valid: Bool[Array, "B T"], train: bool
     ) -> tuple[Float[Array, "#B #T 1"], dict[str, Weighted]]:
         place = (probabilities.shape[-1] - 1) * self.percentile / 100
         # Between two neighbours lies no probability, so the upper one separates as well.
@@ -145,7 +145,7 @@ class FixedThresholdGate(ThresholdGate):
     threshold: float = 0.2
 
     def _threshold(
-        self, probabilities: Scores, valid: Bool[Array, "B T"], train: bool
+        self, probabilities: ExpertScores, valid: Bool[Array, "B T"], train: bool
     ) -> tuple[Float[Array, "#B #T 1"], dict[str, Weighted]]:
         return jnp.full((1, 1, 1), self.threshold), {}
 
