@@ -11,7 +11,14 @@ from flax import linen as nn
 
 import tokenlab.depth
 from tokenlab import config
-from tokenlab.depth import DepthProgram, MixtureOfRecursions, Recursive, Sequential
+from tokenlab.depth import (
+    DepthProgram,
+    EarlyHalting,
+    HaltingLoop,
+    MixtureOfRecursions,
+    Recursive,
+    Sequential,
+)
 from tokenlab.models import llama
 
 MEMBERS = {
@@ -21,6 +28,13 @@ MEMBERS = {
     "mixture": MixtureOfRecursions(recursions=3),
     "mixture shared": MixtureOfRecursions(recursions=3, keys="shared"),
     "mixture hybrid": MixtureOfRecursions(recursions=3, keys="hybrid"),
+    "halting": HaltingLoop(recursions=3),
+    "halting early shared": HaltingLoop(
+        recursions=3, halting=EarlyHalting(), keys="shared", inject="concat"
+    ),
+    "halting hard": HaltingLoop(recursions=3, readout="hard", inject="none"),
+    "halting of shared streams": HaltingLoop(recursions=3, readout="expected_loss"),
+    "halting drawn, shared": HaltingLoop(recursions=3, readout="straight_through"),
 }
 every = pytest.mark.parametrize(
     "member", [pytest.param(m, marks=pytest.mark.slow if "shared" in m else ()) for m in MEMBERS]
@@ -164,5 +178,5 @@ def test_the_object_is_its_own_config(member):
 
 
 def test_methods_from_papers_name_them():
-    for member in (Recursive, MixtureOfRecursions):
+    for member in (Recursive, MixtureOfRecursions, HaltingLoop):
         assert "Reference: " in inspect.getdoc(member) and "arXiv:" in inspect.getdoc(member)

@@ -1,8 +1,21 @@
 """How often each token goes through the blocks of a model."""
 
 from tokenlab.depth.base import DepthProgram, DepthTrace
+from tokenlab.depth.halting import EarlyHalting, FixedHalting, Halting, OnlineHalting
+from tokenlab.depth.halting_loop import HaltingLoop
 from tokenlab.depth.mixture_of_recursions import MixtureOfRecursions
 from tokenlab.depth.recursive import Recursive
 from tokenlab.depth.sequential import Sequential
 
-__all__ = ["DepthProgram", "DepthTrace", "MixtureOfRecursions", "Recursive", "Sequential"]
+__all__ = [
+    "DepthProgram",
+    "DepthTrace",
+    "EarlyHalting",
+    "FixedHalting",
+    "Halting",
+    "HaltingLoop",
+    "MixtureOfRecursions",
+    "OnlineHalting",
+    "Recursive",
+    "Sequential",
+]

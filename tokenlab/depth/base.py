@@ -36,8 +36,10 @@ class DepthTrace:
         active: which tokens went through each of the R applications.
         aux: named auxiliary losses, to be weighed by the objective.
         read: which tokens of the pass each application could read; None where only active ones.
-        figures: figures of tokens that layers report by name, as ``core.reports`` says.
+        figures: figures of tokens by name, of the program and those that layers report, as
+            ``core.reports`` says.
         flops: operations that layers report beside those that every token costs.
+        streams: the stream as it would leave each of N depths, for losses of all of them; or None.
     """
 
     depth: Int[Array, "B T"]
@@ -46,13 +48,14 @@ class DepthTrace:
     read: Bool[Array, "R B T"] | None = None
     figures: dict[str, Float[Array, "L B T"]] = flax.struct.field(default_factory=dict)
     flops: Scalar | float = 0.0
+    streams: Float[Array, "N B T D"] | None = None
 
     def reporting(self, reports: Reports) -> DepthTrace:
         """With what the layers report."""
         return dataclasses.replace(
             self,
             aux=self.aux | reports.aux,
-            figures=reports.figures,
+            figures=self.figures | reports.figures,
             flops=reports.flops,
         )
 

@@ -36,7 +36,7 @@ class LoopKeys:
         if recursion == 0:
             return [SharedKeys(cache=cache) for cache in self._of(0, picked)]
         first = self._first
-        among = None if picked is None or first is None else picked.among(first)
+        among = picked if picked is None or first is None else picked.among(first)
         if self._sharing == "shared":
             return [keys.replace(projects=False, picked=among) for keys in self._shared]
         own = self._of(recursion, first)

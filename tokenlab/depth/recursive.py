@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -17,8 +18,22 @@ from tokenlab.routing import Route
 Sharing = Literal["cycle", "middle_cycle"]
 
 
+class Parts(NamedTuple):
+    """How many layers a looped stack has.
+
+    Attributes:
+        first: before the loop.
+        loop: of one recursion.
+        last: behind the loop.
+    """
+
+    first: int
+    loop: int
+    last: int
+
+
 class SharedLayers(NamedTuple):
-    """The modules of a recursive stack; each is one set of parameters, however often it runs.
+    """The modules of a looped stack; each is one set of parameters, however often it runs.
 
     Attributes:
         first: layers before the loop.
@@ -31,12 +46,8 @@ class SharedLayers(NamedTuple):
     last: list[nn.Module]
 
 
-class Recursive(DepthProgram):
-    """Every token through the same few layers ``recursions`` times.
-
-    With ``num_layers`` L and N recursions, ``cycle`` loops over L / N layers; ``middle_cycle``
-    keeps a first and a last layer of their own and loops over (L - 2) / N. Parameters do not grow
-    with N at equal (L - 2) / N, because each layer is one module that is called again.
+class Loop(DepthProgram):
+    """Layers of their own, then the same few layers up to ``recursions`` times, then others.
 
     In recursion r a layer reads the keys and values that ``keys`` names: ``recursion_wise``, those
     that the tokens of recursion r have in it; ``shared``, those of recursion 1, of which later ones
@@ -44,17 +55,12 @@ class Recursive(DepthProgram):
     went through. Decoding keeps a cache of each recursion and layer, where keys are shared of each
     layer, and computes the same function as one pass over the whole row.
 
-    Reference: Bae et al., "Relaxed Recursive Transformers: Effective Parameter Sharing with
-    Layer-wise LoRA", 2024, arXiv:2410.20672 (without its LoRA).
-
     Attributes:
         recursions: passes through the loop.
-        sharing: which layers are shared.
         keys: whose keys and values a recursion reads.
     """
 
     recursions: int = 3
-    sharing: Sharing = "middle_cycle"
     keys: KeySharing = "recursion_wise"
 
     @nn.compact
@@ -79,33 +85,53 @@ class Recursive(DepthProgram):
         layers = self._layers(block, num_layers)
         count = len(self.cached_layers(num_layers))
         own = [None if cache is None else cache.layer(i) for i in range(count)]
-        ends = len(layers.first)
+        begin, end = len(layers.first), count - len(layers.last)
         where = {"positions": positions, "segments": segments, "train": train}
-        x, first = self._run(layers.first, x, own[:ends], **where)
-        keys = LoopKeys(self.keys, own[ends : count - ends], layers=len(layers.loop))
-        x, routes = self._loop(layers.loop, x, keys, **where)
-        x, last = self._run(layers.last, x, own[count - ends :], **where)
+        x, first = self._run(layers.first, x, own[:begin], **where)
+        keys = LoopKeys(self.keys, own[begin:end], layers=len(layers.loop))
+        x, went = self._loop(layers.loop, x, keys, **where)
+        x, went, last = self._behind(layers.last, x, went, own[end:], **where)
         if cache is not None:
             cache = cache.after((*first, *keys.finished(), *last))
-        return x, self._trace(segments > 0, routes, layers), cache
+        return x, self._trace(segments > 0, went, layers), cache
 
     @nn.nowrap
     def cached_layers(self, num_layers: int) -> tuple[int, ...]:
         """One cache of each recursion and layer, in order; of each layer where keys are shared."""
-        ends, loop = self._sizes(num_layers)
+        first, loop, last = self._parts(num_layers)
         own = 1 if self.keys == "shared" else self.recursions
         return (
-            *range(ends),
-            *[ends + i for _ in range(own) for i in range(loop)],
-            *range(num_layers - ends, num_layers),
+            *range(first),
+            *[first + i for _ in range(own) for i in range(loop)],
+            *range(num_layers - last, num_layers),
         )
 
     @nn.nowrap
     def projects(self, num_layers: int) -> tuple[bool, ...]:
         """Not from the second recursion on where keys are shared."""
-        ends, loop = self._sizes(num_layers)
+        first, loop, last = self._parts(num_layers)
         later = (self.recursions - 1) * loop
-        return (True,) * (ends + loop) + (self.keys != "shared",) * later + (True,) * ends
+        return (True,) * (first + loop) + (self.keys != "shared",) * later + (True,) * last
+
+    @nn.nowrap
+    @abc.abstractmethod
+    def _parts(self, num_layers: int) -> Parts:
+        """How the nominal layers are divided.
+
+        Raises:
+            UserError: they do not divide.
+        """
+
+    @nn.nowrap
+    def _divided(self, num_layers: int, *, first: int, last: int, by: str) -> Parts:
+        """``_parts`` with so many layers at each end, as the option ``by`` says."""
+        looped = num_layers - first - last
+        if looped < self.recursions or looped % self.recursions:
+            raise UserError(
+                f"num_layers {num_layers} under {by} leaves {looped} layers, which are "
+                f"not a multiple of recursions {self.recursions}; change one of them"
+            )
+        return Parts(first, looped // self.recursions, last)
 
     def _loop(
         self,
@@ -116,8 +142,8 @@ class Recursive(DepthProgram):
         positions: Positions,
         segments: Segments,
         train: bool,
-    ) -> tuple[Hidden, list[Route]]:
-        """All recursions; and of each the tokens that came to it, or nothing where all did."""
+    ) -> tuple[Hidden, Any]:
+        """All recursions; and what ``_trace`` is told of them, here that all tokens came."""
         for r in range(self.recursions):
             x, after = self._run(
                 layers, x, keys.given(r, None), positions=positions, segments=segments, train=train
@@ -125,32 +151,32 @@ class Recursive(DepthProgram):
             keys.left(r, after)
         return x, []
 
-    @nn.nowrap
-    def _sizes(self, num_layers: int) -> tuple[int, int]:
-        """Layers at each end, and of a recursion."""
-        ends = 1 if self.sharing == "middle_cycle" else 0
-        looped = num_layers - 2 * ends
-        if looped < self.recursions or looped % self.recursions:
-            raise UserError(
-                f"num_layers {num_layers} under {self.sharing} leaves {looped} layers, which are "
-                f"not a multiple of recursions {self.recursions}; change one of them"
-            )
-        return ends, looped // self.recursions
+    def _behind(
+        self,
+        layers: list[nn.Module],
+        x: Hidden,
+        went: Any,
+        given: list[Any],
+        *,
+        positions: Positions,
+        segments: Segments,
+        train: bool,
+    ) -> tuple[Hidden, Any, list[Any]]:
+        """The layers behind the loop on what it gave; returns what ``_trace`` is told, too."""
+        x, after = self._run(layers, x, given, positions=positions, segments=segments, train=train)
+        return x, went, after
 
     def _layers(self, block: Layers, num_layers: int) -> SharedLayers:
-        ends, loop = self._sizes(num_layers)
+        parts = self._parts(num_layers)
         if len(block.kinds()) > 1:
             raise UserError(
                 f"{type(self).__name__} shares layers of one kind, not {len(block.kinds())}; "
                 "give the model one block"
             )
-        names = [f"block_{i}" for i in range(loop)]
-        first, last = ["block_first"] * ends, ["block_last"] * ends
+        loop = [f"block_{i}" for i in range(parts.loop)]
+        names = (_numbered("block_first", parts.first), loop, _numbered("block_last", parts.last))
         return SharedLayers(
-            *(
-                [block.copy(parent=block.parent, name=n) for n in part]
-                for part in (first, names, last)
-            )
+            *([block.copy(parent=block.parent, name=n) for n in part] for part in names)
         )
 
     def _run(
@@ -187,3 +213,30 @@ class Recursive(DepthProgram):
         active = of(kept)
         read = None if self.keys == "recursion_wise" else of(kept[:1] * self.recursions)
         return DepthTrace(depth=jnp.sum(active, axis=0), active=active, read=read)
+
+
+class Recursive(Loop):
+    """Every token through the same few layers ``recursions`` times.
+
+    With ``num_layers`` L and N recursions, ``cycle`` loops over L / N layers; ``middle_cycle``
+    keeps a first and a last layer of their own and loops over (L - 2) / N. Parameters do not grow
+    with N at equal (L - 2) / N, because each layer is one module that is called again.
+
+    Reference: Bae et al., "Relaxed Recursive Transformers: Effective Parameter Sharing with
+    Layer-wise LoRA", 2024, arXiv:2410.20672 (without its LoRA).
+
+    Attributes:
+        sharing: which layers are shared.
+    """
+
+    sharing: Sharing = "middle_cycle"
+
+    @nn.nowrap
+    def _parts(self, num_layers: int) -> Parts:
+        ends = 1 if self.sharing == "middle_cycle" else 0
+        return self._divided(num_layers, first=ends, last=ends, by=self.sharing)
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    """Names of ``count`` layers; a single one has no number."""
+    return [name] * count if count < 2 else [f"{name}_{i}" for i in range(count)]
