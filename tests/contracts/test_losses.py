@@ -15,10 +15,12 @@ import tokenlab.objectives
 from tokenlab import config
 from tokenlab.core.context import Context, View
 from tokenlab.core.weighted import Weighted
+from tokenlab.depth import DepthTrace
 from tokenlab.models import Head, LinearHead, ModelOutput
 from tokenlab.objectives import (
     AllTokens,
     DistributionKL,
+    ExpectedNextToken,
     MixturePolicy,
     NextToken,
     Objective,
@@ -31,6 +33,7 @@ from tokenlab.objectives import (
 )
 
 VOCABULARY, WIDTH, CAP = 23, 6, 9.0
+CHANCES = (0.25, 0.75)  # of the two depths of the model, of which the second halves the stream
 
 
 def log_z(logits):
@@ -47,6 +50,11 @@ def relative_entropy(logits, targets):
     theirs = logits_of(teacher_parameters(), batch_of()["tokens"])
     ours, theirs = (each - log_z(each)[..., None] for each in (logits, theirs))
     return (np.exp(theirs) * (theirs - ours)).sum(axis=-1)
+
+
+def expected_nats(logits, targets):
+    halved = CAP * np.tanh(np.arctanh(logits / CAP) / 2)
+    return CHANCES[0] * nats(logits, targets) + CHANCES[1] * nats(halved, targets)
 
 
 def smoothed(logits, targets, share=0.3):
@@ -87,6 +95,7 @@ def surrogate(logits, targets, count=3, clip=0.1):
 LOSSES = {
     MixturePolicy: Row(MixturePolicy(), surrogate),
     DistributionKL: Row(DistributionKL(), relative_to_the_batch),
+    ExpectedNextToken: Row(ExpectedNextToken(), expected_nats),
     NextToken: Row(NextToken(), nats, paper=False),
     SmoothedNextToken: Row(SmoothedNextToken(smoothing=0.3), smoothed),
     TeacherKL: Row(TeacherKL(), relative_entropy),
@@ -122,7 +131,13 @@ class Bigram(nn.Module):
         if self.is_initializing():
             self.head(self.embedding)
         hidden = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
-        return ModelOutput(hidden=hidden, trace=None)
+        trace = DepthTrace(
+            depth=segments,
+            active=segments[None] > 0,
+            figures={"halting": jnp.tile(jnp.asarray(CHANCES)[:, None, None], (1, *tokens.shape))},
+            streams=jnp.stack([hidden, hidden / 2]),
+        )
+        return ModelOutput(hidden=hidden, trace=trace)
 
     def logits(self, hidden):
         weight = self.head_weight().astype(hidden.dtype)

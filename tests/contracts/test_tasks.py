@@ -18,7 +18,7 @@ from tokenlab.data.tasks.pointer_chase import PointerChase
 from tokenlab.data.tasks.role_grammar import RoleGrammar
 
 TABLE = {
-    PointerChase: ({"max_hops": 4}, {"values": 40}),
+    PointerChase: ({"max_hops": 4}, {"values": 40}, {"unary": 9}),
     Addition: ({"digits": 9}, {"reversed": True}),
     AssociativeRecall: ({"pairs": 30}, {"keys": 200}),
     GridQuestions: ({"frames": 4}, {"questions": 3, "most_red": 12, "height": 5}),
@@ -87,6 +87,12 @@ def test_answers_pass_and_every_corruption_fails(task):
             for wrong in {*range(task.tokenizer.vocab_size)} - {answer[place]}:
                 completion = [*answer[:place], wrong, *answer[place + 1 :]]
                 assert not task.check(prompt=problem.prompt, completion=completion)
+
+
+def _plain(task, ids):
+    """What is written but for its numbers, strokes and blanks in their place included."""
+    written = task.tokenizer.decode(ids).decode().replace("|", "_")
+    return [sign for sign in written if not sign.isdigit()]
 
 
 @pytest.mark.parametrize("task", MEMBERS)

@@ -24,6 +24,7 @@ chases = st.builds(
     min_hops=st.integers(0, 3),
     max_hops=st.integers(3, 7),
     bijective=st.booleans(),
+    unary=st.sampled_from([0, 7, 9]),
 )
 additions = st.builds(
     Addition,
@@ -62,12 +63,13 @@ def text(task, ids):
 def slow_chase(prompt):
     """Answer and difficulty of the last query of a written chase."""
     words = prompt.split()
-    first = next(i for i, word in enumerate(words) if "^" in word)
-    pointers, (start, hops) = words[: first - 1], words[-2:]
+    first = next(i for i, word in enumerate(words) if word[0] in "^_|?")
+    pointers, start, asked = words[: first - 1], words[first - 1], words[first:]
+    hops = asked.count("|") if asked[-1] == "?" else int(asked[0][1:])
     trail = [start]
-    while len(trail) <= int(hops[1:]):
+    while len(trail) <= hops:
         trail.append(pointers[int(trail[-1])])
-    return [(trail[-1], int(hops[1:]))]
+    return [(trail[-1], hops)]
 
 
 def slow_sum(prompt, backwards):
@@ -152,8 +154,10 @@ def test_every_weighted_position_has_the_slow_answer_and_difficulty(task, seed):
                 assert asked.tolist() == [2 * task.digits + 1 + i for i in range(task.digits + 1)]
                 answers = slow_sum(text(task, ids[: asked[0] + 1]), task.reversed)
             elif isinstance(task, PointerChase):
-                assert asked.tolist() == [task.values + 1 + 3 * i for i in range(task.queries)]
-                prompts = [ids[: task.values] + ids[i - 1 : i + 1] for i in asked]
+                before = task.unary + 1 if task.unary else 1  # from the start to the question
+                first = task.values + before
+                assert asked.tolist() == [first + (before + 2) * i for i in range(task.queries)]
+                prompts = [ids[: task.values] + ids[i - before : i + 1] for i in asked]
                 answers = [slow_chase(text(task, prompt))[0] for prompt in prompts]
             elif isinstance(task, GridQuestions):
                 assert asked.tolist() == [task.patches + 2 * i for i in range(task.questions)]

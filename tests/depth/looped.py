@@ -74,3 +74,18 @@ def read(model, params, policy, batch, sizes, *, capacity=None):
         found.append(np.asarray(logits))
         cache, start = out.cache, start + size
     return np.concatenate(found, axis=1), out
+
+
+def attention(params, heads, q_input, keys, positions, shown):
+    """Of queries from normalised ``q_input`` over ``keys``, all rows dense; the output projection
+    behind it."""
+    batch, length, _ = q_input.shape
+    q = (q_input @ params["q"]["kernel"]).reshape(batch, length, heads.num_heads, -1)
+    q, k = (heads.rotate(x, positions=positions) for x in (q, keys[0]))
+    groups = heads.num_heads // heads.num_kv_heads
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, keys[1]))
+    scores = heads.scale * jnp.einsum("bthe,bshe->bhts", q, k)
+    scores = jnp.where(shown[:, None], scores, -1e30)
+    weights = jnp.where(shown[:, None], jax.nn.softmax(scores), 0)
+    out = jnp.einsum("bhts,bshe->bthe", weights, v).reshape(batch, length, -1)
+    return out @ params["out"]["kernel"]

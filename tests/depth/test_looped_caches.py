@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.block_sparse_attention import SlidingWindow
-from tests.depth.looped import VOCABULARY, each, model_of, params_of, ragged, read, run
+from tests.depth.looped import VOCABULARY, attention, each, model_of, params_of, ragged, read, run
 from tokenlab.attention import PermutedBlocks
 from tokenlab.cache import FullCache, RingCache
 from tokenlab.core.errors import UserError
@@ -49,21 +49,6 @@ def test_a_row_is_read_the_same_however_it_is_cut(program, keys):
         assert has_holes(out.trace.active, batch)
     found, _ = read(model, params, FullCache(), batch, (8, 8, *[1] * 6))
     np.testing.assert_allclose(real(found, batch), real(whole, batch), atol=1e-4)
-
-
-def attention(params, heads, q_input, keys, positions, shown):
-    """Of queries from normalised ``q_input`` over ``keys``, all rows dense; the output projection
-    behind it."""
-    batch, length, _ = q_input.shape
-    q = (q_input @ params["q"]["kernel"]).reshape(batch, length, heads.num_heads, -1)
-    q, k = (heads.rotate(x, positions=positions) for x in (q, keys[0]))
-    groups = heads.num_heads // heads.num_kv_heads
-    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, keys[1]))
-    scores = heads.scale * jnp.einsum("bthe,bshe->bhts", q, k)
-    scores = jnp.where(shown[:, None], scores, -1e30)
-    weights = jnp.where(shown[:, None], jax.nn.softmax(scores), 0)
-    out = jnp.einsum("bhts,bshe->bthe", weights, v).reshape(batch, length, -1)
-    return out @ params["out"]["kernel"]
 
 
 def dense(model, params, batch, active):

@@ -185,34 +185,53 @@ class Context:
             config: its block sizes, and what its backward pass may leave out.
         """
         if (view, impl, config) not in self._logits:
-            weight = self._views[view](method="head_weight")
-            hidden, targets = self.output(view).hidden, self.batch["targets"]
-            shared = weight if isinstance(weight, SharedRows) else None
-            arrays = {"targets": targets}
-            if shared is not None:
-                bias, weight = shared.row_bias(), shared.rows
-                arrays = {"targets": jnp.take(shared.codes, targets, mode="clip"), "bias": bias}
-            project = functools.partial(
-                linear_cross_entropy,
-                softcap=self._views[view].model.head.softcap,
-                vocabulary_axes=mesh_axes("vocab", weight.shape[0]),
-                impl=impl,
-                config=config,
+            self._logits[view, impl, config] = self.logits_from(
+                self.output(view).hidden, view, impl, config
             )
-            logits = per_device(
-                project,
-                axes=_AXES,
-                out=_TOKENS,
-                hidden=hidden,
-                weight=weight.astype(hidden.dtype),
-                **arrays,
-            )
-            if shared is not None:
-                logits = shared.of_tokens(
-                    logits, hidden=hidden, targets=targets, row_bias=arrays["bias"]
-                )
-            self._logits[view, impl, config] = logits
         return self._logits[view, impl, config]
+
+    def logits_from(
+        self,
+        hidden: Hidden,
+        view: str = "policy",
+        impl: LossImpl | None = None,
+        config: LinearCrossEntropyConfig | None = None,
+    ) -> TargetLogits:
+        """:meth:`target_logits` of another stream than that which ``view`` ends with.
+
+        Args:
+            hidden: normalised, ready for the head of ``view``.
+            view: the model.
+            impl: as there.
+            config: as there.
+        """
+        weight = self._views[view](method="head_weight")
+        targets = self.batch["targets"]
+        shared = weight if isinstance(weight, SharedRows) else None
+        arrays = {"targets": targets}
+        if shared is not None:
+            bias, weight = shared.row_bias(), shared.rows
+            arrays = {"targets": jnp.take(shared.codes, targets, mode="clip"), "bias": bias}
+        project = functools.partial(
+            linear_cross_entropy,
+            softcap=self._views[view].model.head.softcap,
+            vocabulary_axes=mesh_axes("vocab", weight.shape[0]),
+            impl=impl,
+            config=config,
+        )
+        logits = per_device(
+            project,
+            axes=_AXES,
+            out=_TOKENS,
+            hidden=hidden,
+            weight=weight.astype(hidden.dtype),
+            **arrays,
+        )
+        if shared is not None:
+            logits = shared.of_tokens(
+                logits, hidden=hidden, targets=targets, row_bias=arrays["bias"]
+            )
+        return logits
 
     def token_logp(self, view: str = "policy", impl: LossImpl | None = None) -> Values:
         """Log-probability of each target under ``view``, in nats."""

@@ -39,7 +39,8 @@ class DepthTrace:
         figures: figures of tokens by name, of the program and those that layers report, as
             ``core.reports`` says.
         flops: operations that layers report beside those that every token costs.
-        streams: the stream as it would leave each of N depths, for losses of all of them; or None.
+        streams: the stream as it leaves each of N depths, for losses of all of them, or None; the
+            model's are normalised.
     """
 
     depth: Int[Array, "B T"]

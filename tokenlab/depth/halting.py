@@ -45,7 +45,7 @@ class Halting(nn.Module, abc.ABC):
 class EarlyHalting(Halting):
     """Before the loop: ``q = softmax(W h_0)`` over the depths; the likeliest by the hard rule.
 
-    The state is read without its scale, ``h / sqrt(mean(h^2))``; W starts at zero.
+    The state is read at length 1, ``h / |h|``; W starts at zero.
 
     Reference: "Understanding Dynamic Compute Allocation in Recurrent Transformers", 2026,
     arXiv:2602.08864 (ANIRA-E).
@@ -71,8 +71,8 @@ class EarlyHalting(Halting):
 class OnlineHalting(Halting):
     """Behind each recursion: ``s_d = sigmoid(w . h_d + b)``, ``q(d) = s_d prod_{j<d} (1 - s_j)``.
 
-    ``q(M)`` is what remains. The states are read without their scale; w starts at zero and b below,
-    so that training begins deep.
+    ``q(M)`` is what remains. The states are read at length 1; w starts at zero and b below, so that
+    training begins deep.
 
     Reference: "Understanding Dynamic Compute Allocation in Recurrent Transformers", 2026,
     arXiv:2602.08864 (ANIRA-O); the chances are those of Banino, Balaguer, Blundell, "PonderNet:
@@ -133,8 +133,9 @@ def geometric(scores: Float[Array, "*N d"], *, depths: int) -> Float[Array, "*N 
 
 
 def _normed(x: Hidden) -> Hidden:
+    """At length 1, so that a step of the optimiser moves scores alike at any width."""
     wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)
+    return wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-5)
 
 
 def _up_to(chances: Float[Array, "B T M"], depth: int) -> Float[Array, "B T"]:

@@ -2,6 +2,7 @@
 
 from tokenlab.evals.base import Evaluation
 from tokenlab.evals.continuation import Continuation
+from tokenlab.evals.depth import DepthAllocation, Fit, depth_fit
 from tokenlab.evals.objective import ObjectiveValue
 from tokenlab.evals.references import ByteNgram, Compressor, witten_bell
 from tokenlab.evals.roles import RoleAccuracy, class_probe
@@ -12,12 +13,15 @@ __all__ = [
     "ByteNgram",
     "Compressor",
     "Continuation",
+    "DepthAllocation",
     "Evaluation",
+    "Fit",
     "HeldOutText",
     "ObjectiveValue",
     "RoleAccuracy",
     "TaskAccuracy",
     "class_probe",
+    "depth_fit",
     "row_logp",
     "windows",
     "witten_bell",

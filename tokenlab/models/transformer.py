@@ -198,6 +198,8 @@ class Transformer(nn.Module):
             prompt=prompt,
         )
         trace = trace.reporting(gathered(self.variables))
+        if trace.streams is not None:
+            trace = trace.replace(streams=self.norm(trace.streams))
         return ModelOutput(hidden=self.norm(x), trace=trace, cache=cache)
 
     def embed(self, tokens: Tokens) -> Hidden:

@@ -11,12 +11,18 @@ from tokenlab.objectives.base import (
 )
 from tokenlab.objectives.distill import StreamError, TeacherKL
 from tokenlab.objectives.mixtures import DistributionKL, MixturePolicy, group_advantages
-from tokenlab.objectives.next_token import NextToken, SmoothedNextToken, ZLoss
+from tokenlab.objectives.next_token import (
+    ExpectedNextToken,
+    NextToken,
+    SmoothedNextToken,
+    ZLoss,
+)
 
 __all__ = [
     "AllTokens",
     "AuxiliaryTerm",
     "DistributionKL",
+    "ExpectedNextToken",
     "MixturePolicy",
     "NextToken",
     "Objective",

@@ -5,9 +5,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 
+import jax.numpy as jnp
+
 from kernels_pallas.linear_cross_entropy import LinearCrossEntropyConfig, TargetLogits
 from tokenlab.core.arrays import Values
 from tokenlab.core.context import Context, LossImpl
+from tokenlab.core.errors import UserError
 from tokenlab.objectives.base import TokenLoss
 
 
@@ -76,3 +79,36 @@ class ZLoss(VocabularyLoss):
     def of(self, logits: TargetLogits) -> Values:
         """Squared log-normaliser of every position."""
         return logits.log_sum_exp**2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpectedNextToken(VocabularyLoss):
+    """Negative log-likelihood expected over depths: ``-sum_d q(d) log p_d(target)``, in nats.
+
+    The model is one whose depth program leaves a stream for every depth, as
+    ``HaltingLoop(readout="expected_loss")`` does. The gradient reaches the chances q as well.
+
+    Reference: Banino, Balaguer, Blundell, "PonderNet: Learning to Ponder", 2021, arXiv:2107.05407.
+    """
+
+    def __call__(self, context: Context) -> Values:
+        """Nats of every target.
+
+        Raises:
+            UserError: the model leaves one stream alone.
+        """
+        trace = context.output(self.view).trace
+        if trace.streams is None:
+            raise UserError(
+                f"{self.view} leaves one stream, not one for each depth; "
+                "use model.depth.readout=expected_loss, or the loss NextToken()"
+            )
+        losses = [
+            self.of(context.logits_from(hidden, self.view, self.impl, self.config))
+            for hidden in trace.streams
+        ]
+        return jnp.sum(trace.figures["halting"] * jnp.stack(losses), axis=0)
+
+    def of(self, logits: TargetLogits) -> Values:
+        """Nats of every target at one depth."""
+        return logits.log_sum_exp - logits.target
