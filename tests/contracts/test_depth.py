@@ -18,6 +18,7 @@ from tokenlab.depth import (
     MixtureOfRecursions,
     Recursive,
     Sequential,
+    SkipDecode,
 )
 from tokenlab.models import llama
 
@@ -29,6 +30,8 @@ MEMBERS = {
     "mixture shared": MixtureOfRecursions(recursions=3, keys="shared"),
     "mixture hybrid": MixtureOfRecursions(recursions=3, keys="hybrid"),
     "halting": HaltingLoop(recursions=3),
+    "skip": SkipDecode(counts=(5, 4, 4, 3, 2), prompt_length=2),
+    "skip, shared bottom": SkipDecode(counts=(5, 4, 2), keep="bottom"),
     "halting early shared": HaltingLoop(
         recursions=3, halting=EarlyHalting(), keys="shared", inject="concat"
     ),
@@ -178,5 +181,5 @@ def test_the_object_is_its_own_config(member):
 
 
 def test_methods_from_papers_name_them():
-    for member in (Recursive, MixtureOfRecursions, HaltingLoop):
+    for member in (Recursive, MixtureOfRecursions, HaltingLoop, SkipDecode):
         assert "Reference: " in inspect.getdoc(member) and "arXiv:" in inspect.getdoc(member)

@@ -16,6 +16,7 @@ from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.minimum_sum import MinimumNonNegativeSum
 from tokenlab.data.tasks.pointer_chase import PointerChase
 from tokenlab.data.tasks.role_grammar import RoleGrammar
+from tokenlab.data.tasks.slot_text import SlotText
 
 TABLE = {
     PointerChase: ({"max_hops": 4}, {"values": 40}, {"unary": 9}),
@@ -24,6 +25,7 @@ TABLE = {
     GridQuestions: ({"frames": 4}, {"questions": 3, "most_red": 12, "height": 5}),
     MinimumNonNegativeSum: ({"traces": 3, "low": 0}, {"digits": 5, "part": "held_out"}),
     RoleGrammar: ({"words": 40, "ambiguity": 0.5}, {"zipf": 1.2, "switched": True}),
+    SlotText: ({"slots": 3, "words": 1}, {"values": 12}),
 }
 MEMBERS = [
     pytest.param(member(**fields), id=f"{member.__name__}-{i}")
@@ -111,6 +113,12 @@ def test_problems_look_like_the_beginning_of_a_training_segment(task):
     for problem in task.problems(seed=3, count=5):
         assert len(problem.prompt) == prompt_length
         assert form(problem.prompt) in seen
+    tokens, weights = batch.tokens[0, first], batch.weights[0, first]
+    prompt_length = int(np.argmax(weights > 0)) + 1
+    seen = _plain(task, tokens[:prompt_length].tolist())
+    for problem in task.problems(seed=3, count=5):
+        assert len(problem.prompt) == prompt_length
+        assert _plain(task, problem.prompt) == seen
         assert problem.difficulty >= 0
 
 

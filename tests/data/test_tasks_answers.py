@@ -15,6 +15,7 @@ from tokenlab.data.tasks.alphabet import AlphabetTokenizer
 from tokenlab.data.tasks.associative_recall import AssociativeRecall
 from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.pointer_chase import PointerChase
+from tokenlab.data.tasks.slot_text import SlotText
 from tokenlab.data.tasks.source import TaskSource
 
 chases = st.builds(
@@ -352,3 +353,31 @@ def test_the_prompt_is_what_comes_before_the_first_answer_of_a_segment():
                 np.testing.assert_array_equal(batch["prompt"][row, inside], expected)
         plain = TaskSource(task=task).batches(tokenizer=task.tokenizer, batch_size=5, seed=0)
         assert "prompt" not in next(iter(plain))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, slots=st.integers(1, 6), wordings=st.integers(1, 4), words=st.integers(1, 3))
+def test_slot_texts_say_each_slot_once_and_their_wording_is_all_that_is_free(
+    seed, slots, wordings, words
+):
+    """Read back by their written form; all that a text may do is what changes between two draws."""
+    task = SlotText(slots=slots, wordings=wordings, words=words)
+    said = {}
+    for problem in task.problems(seed=seed, count=4):
+        held = [word for word in text(task, problem.prompt).split() if word != ">"]
+        written = text(task, problem.answer).split()
+        width = len(written) // slots
+        clauses = [written[i : i + width] for i in range(0, len(written), width)]
+        found = {}
+        for opening, *inside, close in clauses:
+            letter, wording, value = opening[1], opening[2:], inside[words]
+            assert close == f"{wording}]" and letter not in found
+            found[letter] = value[1:]
+            plain = tuple(inside[:words] + inside[words + 1 :])
+            assert said.setdefault(opening, plain) == plain
+        assert sorted(letter + value for letter, value in found.items()) == held
+        other = [
+            id for clause in np.split(np.asarray(problem.answer), slots)[::-1] for id in clause
+        ]
+        assert task.check(prompt=problem.prompt, completion=other)
+    assert len(set(said.values())) == len(said)

@@ -67,8 +67,8 @@ def test_chances_are_the_worked_ones():
 @pytest.mark.parametrize("readout", ["mixture", "hard", "expected_loss"])
 @pytest.mark.parametrize("depth", [2, 4])
 def test_one_depth_for_all_is_the_plain_loop_bit_for_bit(readout, depth):
-    """And the last depth is the loop of fixed depth. Where tokens are compacted, or the coda runs on
-    all depths at once, sums are in another order."""
+    """And the last depth is the loop of fixed depth. Sums are in another order where tokens are
+    compacted, or the coda runs on all depths at once."""
     forced = model_of(FixedHalting(depth=depth), readout=readout, inject="none", coda=1, layers=6)
     plain = forced.clone(
         num_layers=2 + depth, depth=Recursive(recursions=depth, sharing="middle_cycle")

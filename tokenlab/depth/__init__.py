@@ -6,6 +6,7 @@ from tokenlab.depth.halting_loop import HaltingLoop
 from tokenlab.depth.mixture_of_recursions import MixtureOfRecursions
 from tokenlab.depth.recursive import Recursive
 from tokenlab.depth.sequential import Sequential
+from tokenlab.depth.skip_decode import SkipDecode, linear_decay
 
 __all__ = [
     "DepthProgram",
@@ -18,4 +19,6 @@ __all__ = [
     "OnlineHalting",
     "Recursive",
     "Sequential",
+    "SkipDecode",
+    "linear_decay",
 ]

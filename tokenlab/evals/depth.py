@@ -25,6 +25,8 @@ from tokenlab.tokenizers.base import Tokenizer
 
 _STREAM = zlib.crc32(b"depth")  # no source draws its rows from this seed
 
+_ARRAYS = ("tokens", "positions", "segments", "targets")
+
 
 class Fit(NamedTuple):
     """How far depth follows features.
@@ -68,6 +70,7 @@ class DepthAllocation(Evaluation):
     ``depth`` of a token is the number of recursions that the model reports for it, expected or
     entered, otherwise that of its block applications. Figures: ``accuracy`` and ``mean_depth`` of
     the answers' tokens, also ``accuracy_at_N`` and ``depth_at_N`` of those of difficulty N;
+    ``nats`` of each, and ``late_nats`` of those in the later half of their row's;
     ``filler_depth`` of all other tokens; ``spearman`` and ``r_squared`` of depth on difficulty over
     the answers that are right, of which there are ``right``.
 
@@ -105,18 +108,20 @@ class DepthAllocation(Evaluation):
         found = []
         for start in range(0, self.rows, self.batch_size):
             part = slice(start, start + self.batch_size)
-            tokens, positions, segments = (
-                getattr(sample, name)[part] for name in ("tokens", "positions", "segments")
-            )
-            found.append(_predicted(network, params, tokens, positions, segments))
-        best, depth = (np.concatenate(each) for each in zip(*found, strict=True))
+            arrays = [getattr(sample, name)[part] for name in _ARRAYS]
+            found.append(_predicted(network, params, *arrays))
+        best, nats, depth = (np.concatenate(each) for each in zip(*found, strict=True))
         asked = sample.weights > 0
+        order = np.cumsum(asked, axis=1)
+        late = asked & (2 * order > order[:, -1:])
         right = (best == sample.targets)[asked]
         difficulty, given = sample.difficulty[asked], depth[asked]
         fit = depth_fit(given[right], difficulty[right][:, None])
         figures = {
             "accuracy": float(right.mean()),
             "right": int(right.sum()),
+            "nats": float(nats[asked].mean()),
+            "late_nats": float(nats[late].mean()),
             "mean_depth": float(given.mean()),
             "filler_depth": float(depth[(sample.segments > 0) & ~asked].mean()),
             "spearman": float(fit.spearman[0]),
@@ -136,10 +141,13 @@ def _predicted(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
-) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """The likeliest token behind each, and the depth of each."""
+    targets: Int[Array, "B T"],
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
+    """The likeliest token behind each, the nats of the true one, and the depth of each."""
     view = View(model=model, params=params)
     out = view(tokens, positions=positions, segments=segments)
     recursions = out.trace.figures.get("recursions")
     depth = out.trace.depth.astype(jnp.float32) if recursions is None else recursions[0]
-    return jnp.argmax(view(out.hidden, method="logits"), axis=-1), depth
+    logits = view(out.hidden, method="logits")
+    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
+    return jnp.argmax(logits, axis=-1), -logp[..., 0], depth

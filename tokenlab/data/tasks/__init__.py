@@ -8,6 +8,7 @@ from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.minimum_sum import MinimumNonNegativeSum
 from tokenlab.data.tasks.pointer_chase import PointerChase
 from tokenlab.data.tasks.role_grammar import RoleGrammar
+from tokenlab.data.tasks.slot_text import SlotText
 from tokenlab.data.tasks.source import TaskSource
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PointerChase",
     "Problem",
     "RoleGrammar",
+    "SlotText",
     "Task",
     "TaskBatch",
     "TaskSource",
