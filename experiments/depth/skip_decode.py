@@ -57,7 +57,7 @@ def config() -> Experiment:
         ),
         objective=Objective(terms={"next_token": Term(loss=NextToken())}),
         optimizer=AdamW(learning_rate=Cosine(peak=3e-3)),
-        steps=500,
+        steps=1000,
         checkpoint=Checkpointing(every=Fraction(of_run=1.0)),
         evals={"text": DepthAllocation(task=TASK)},
         log_every=100,
