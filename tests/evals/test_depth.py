@@ -52,15 +52,14 @@ def measured(task, depth, layers, **options):
     zeros = jnp.zeros((1, 4), jnp.int32)
     params = model.init(jax.random.key(0), zeros, positions=zeros, segments=zeros + 1)["params"]
     allocation = DepthAllocation(task=task, rows=8, batch_size=4, **options)
-    found = allocation(model=model, params=nn.meta.unbox(params), tokenizer=task.tokenizer)
-    return found, allocation
+    return allocation(model=model, params=nn.meta.unbox(params), tokenizer=task.tokenizer)
 
 
 def test_known_depths_are_measured_in_recursions_or_in_layers():
     task = PointerChase(values=5, queries=4, max_hops=3)
     depth = HaltingLoop(halting=FixedHalting(depth=2), recursions=3)
     for twin in (True, False):
-        found, _ = measured(task, depth, 5, twin=twin)
+        found = measured(task, depth, 5, twin=twin)
         assert found["mean_depth"] == found["filler_depth"] == 2
         assert found["spearman"] == found["r_squared"] == 0
     chance = {f"accuracy_at_{hops}" for hops in (1, 2, 3)}
@@ -74,7 +73,7 @@ def test_columns_are_difficulties_that_a_schedule_follows_downwards():
     clause = (task.length - task.prompt_length) // 4
     counts = tuple(count for count in (5, 4, 3, 2) for _ in range(clause))
     depth = SkipDecode(counts=counts, prompt_length=task.prompt_length - 1)
-    found, _ = measured(task, depth, 5)
+    found = measured(task, depth, 5)
     assert [found[f"depth_at_{i}"] for i in range(4)] == [5, 4, 3, 2]
     assert found["mean_depth"] == 3.5
     if found["right"] > 1:
@@ -83,11 +82,7 @@ def test_columns_are_difficulties_that_a_schedule_follows_downwards():
 
 def test_another_alphabet_is_refused():
     task = PointerChase(values=5)
-    _, allocation = measured(task, FixedLoop, 5)
     with pytest.raises(UserError, match="not the alphabet"):
-        allocation(model=None, params=None, tokenizer=Addition().tokenizer)
+        DepthAllocation(task=task)(model=nn.Dense(1), params={}, tokenizer=Addition().tokenizer)
     with pytest.raises(ValueError, match="not a multiple of batch_size"):
         DepthAllocation(task=task, rows=10)
-
-
-FixedLoop = HaltingLoop(halting=FixedHalting(), recursions=3)

@@ -88,11 +88,11 @@ class MixtureOfRecursions(Recursive):
         return x, routes
 
     def _trace(
-        self, valid: Bool[Array, "B T"], routes: list[Route], layers: SharedLayers
+        self, valid: Bool[Array, "B T"], went: list[Route], layers: SharedLayers
     ) -> DepthTrace:
         """And the routers' losses."""
-        trace = super()._trace(valid, routes, layers)
-        return dataclasses.replace(trace, aux=_stacked([route.aux for route in routes]))
+        trace = super()._trace(valid, went, layers)
+        return dataclasses.replace(trace, aux=_stacked([route.aux for route in went]))
 
 
 def _stacked(parts: list[dict[str, Weighted]]) -> dict[str, Weighted]:

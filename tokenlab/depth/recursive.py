@@ -200,10 +200,9 @@ class Loop(DepthProgram):
             after.append(own)
         return x, after
 
-    def _trace(
-        self, valid: Bool[Array, "B T"], routes: list[Route], layers: SharedLayers
-    ) -> DepthTrace:
-        """The trace of a loop whose recursions ran on the tokens of ``routes``, or on all."""
+    def _trace(self, valid: Bool[Array, "B T"], went: Any, layers: SharedLayers) -> DepthTrace:
+        """The trace of a loop whose recursions ran on the tokens of these routes, or on all."""
+        routes: list[Route] = went
         kept = [route.kept for route in routes] or [valid] * self.recursions
 
         def of(masks: list[Bool[Array, "B T"]]) -> Bool[Array, "R B T"]:

@@ -115,8 +115,8 @@ class DepthAllocation(Evaluation):
         order = np.cumsum(asked, axis=1)
         late = asked & (2 * order > order[:, -1:])
         right = (best == sample.targets)[asked]
-        difficulty, given = sample.difficulty[asked], depth[asked]
-        fit = depth_fit(given[right], difficulty[right][:, None])
+        difficulty, given = sample.difficulty[asked], depth[asked].astype(np.float64)
+        fit = depth_fit(given[right], difficulty[right, None].astype(np.float64))
         figures = {
             "accuracy": float(right.mean()),
             "right": int(right.sum()),

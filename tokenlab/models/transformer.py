@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, cast
 
 import flax.struct
@@ -199,7 +200,7 @@ class Transformer(nn.Module):
         )
         trace = trace.reporting(gathered(self.variables))
         if trace.streams is not None:
-            trace = trace.replace(streams=self.norm(trace.streams))
+            trace = dataclasses.replace(trace, streams=self.norm(trace.streams))
         return ModelOutput(hidden=self.norm(x), trace=trace, cache=cache)
 
     def embed(self, tokens: Tokens) -> Hidden:
