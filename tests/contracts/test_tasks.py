@@ -25,7 +25,7 @@ TABLE = {
     GridQuestions: ({"frames": 4}, {"questions": 3, "most_red": 12, "height": 5}),
     MinimumNonNegativeSum: ({"traces": 3, "low": 0}, {"digits": 5, "part": "held_out"}),
     RoleGrammar: ({"words": 40, "ambiguity": 0.5}, {"zipf": 1.2, "switched": True}),
-    SlotText: ({"slots": 3, "words": 1}, {"values": 12}),
+    SlotText: ({"slots": 6, "words": 1},),
 }
 MEMBERS = [
     pytest.param(member(**fields), id=f"{member.__name__}-{i}")

@@ -376,8 +376,7 @@ def test_slot_texts_say_each_slot_once_and_their_wording_is_all_that_is_free(
             plain = tuple(inside[:words] + inside[words + 1 :])
             assert said.setdefault(opening, plain) == plain
         assert sorted(letter + value for letter, value in found.items()) == held
-        other = [
-            id for clause in np.split(np.asarray(problem.answer), slots)[::-1] for id in clause
-        ]
+        parts = np.split(np.asarray(problem.answer), slots)[::-1]
+        other = np.concatenate(parts).tolist()
         assert task.check(prompt=problem.prompt, completion=other)
     assert len(set(said.values())) == len(said)

@@ -21,6 +21,14 @@ from tokenlab.objectives import AuxiliaryTerm, ExpectedNextToken, NextToken, Obj
 
 POLICIES = {"early": EarlyHalting(), "online": OnlineHalting(bias=-1.0)}
 both = pytest.mark.parametrize("policy", POLICIES)
+
+
+def slow_ones(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+# One rule where the other makes no difference that a shorter test would miss.
+either = pytest.mark.parametrize("policy", [*slow_ones("early"), "online"])
 LENGTHS = (14, 9, 1)
 
 
@@ -65,7 +73,7 @@ def test_chances_are_the_worked_ones():
 
 
 @pytest.mark.parametrize("readout", ["mixture", "hard", "expected_loss"])
-@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize("depth", [*slow_ones(2), 4])
 def test_one_depth_for_all_is_the_plain_loop_bit_for_bit(readout, depth):
     """And the last depth is the loop of fixed depth. Sums are in another order where tokens are
     compacted, or the coda runs on all depths at once."""
@@ -135,7 +143,7 @@ def dense(model, params, batch):
 
 
 @both
-@pytest.mark.parametrize("inject", ["none", pytest.param("add", marks=pytest.mark.slow), "concat"])
+@pytest.mark.parametrize("inject", ["none", *slow_ones("add", "concat")])
 def test_compacted_tokens_equal_the_masked_dense_run(policy, inject):
     model, params = case(policy, inject=inject)
     model, batch = model.causal_twin(), ragged(LENGTHS, 14)
@@ -147,7 +155,7 @@ def test_compacted_tokens_equal_the_masked_dense_run(policy, inject):
     np.testing.assert_allclose(np.asarray(out.hidden)[real], np.asarray(hidden)[real], atol=1e-5)
 
 
-@both
+@either
 def test_a_row_is_read_the_same_however_it_is_cut(policy):
     model, params = case(policy)
     model, batch = model.causal_twin(), ragged(LENGTHS, 14)
@@ -159,7 +167,7 @@ def test_a_row_is_read_the_same_however_it_is_cut(policy):
     assert (np.diff(entered[:, 0]) < 0).any() and (np.diff(entered, axis=0) <= 0).all()
 
 
-@both
+@either
 def test_decoding_writes_what_one_pass_says_and_counts_what_was_entered(policy):
     model, params = case(policy)
     prompts = [[1, 4, 9, 2, 7], [3], [5, 5, 6]]
@@ -190,7 +198,7 @@ def context_of(model, params, *, train=False, seed=0):
     return Context(batch=batch, views=views, key=jax.random.key(seed), train=train)
 
 
-@both
+@either
 def test_the_mixture_and_its_price_are_sums_over_plain_loops(policy):
     """Each state by the layers in turn; chances from the trace."""
     model, params = case(policy, inject="none", coda=0, layers=5)
@@ -215,7 +223,7 @@ def test_the_mixture_and_its_price_are_sums_over_plain_loops(policy):
     np.testing.assert_allclose(out.trace.figures["recursions"][0][real], steps[real], rtol=1e-5)
 
 
-@both
+@either
 def test_the_expected_loss_is_the_sum_of_the_losses_of_plain_loops(policy):
     model, params = case(policy, readout="expected_loss")
     context = context_of(model, params)

@@ -17,7 +17,7 @@ from tokenlab.decode.speculative import PromptLookup, Speculative
 from tokenlab.depth import Sequential, SkipDecode, linear_decay
 from tokenlab.models import LinearHead, llama
 
-both = pytest.mark.parametrize("keep", ["top", "bottom"])
+both = pytest.mark.parametrize("keep", ["top", pytest.param("bottom", marks=pytest.mark.slow)])
 PROMPT = 4
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,20 +78,14 @@ class SlotText(Task):
         """Positions before the text."""
         return self.slots + 1
 
-    def _clauses(
-        self,
-        slot: Int[np.ndarray, "*N"],
-        wording: Int[np.ndarray, "*N"],
-        value: Int[np.ndarray, "*N"],
-    ) -> Int[np.ndarray, "*N W"]:
-        """The symbols of clauses."""
+    def _clause_of(self, slot: Any, wording: Any, value: Any) -> list[Any]:
+        """The symbols of a clause, or of an array of them each."""
         opens = self.slots * self.values + 1
         words, kind = opens + self._vocabulary, slot * self.wordings + wording
         said = [words + (kind + 4 * i) % self._vocabulary for i in range(2 * self.words)]
         middle = words + self._vocabulary + value
         close = words + self._vocabulary + self.values + wording
-        parts = [opens + kind, *said[: self.words], middle, *said[self.words :], close]
-        return np.stack(parts, axis=-1)
+        return [opens + kind, *said[: self.words], middle, *said[self.words :], close]
 
     def _draw(self, *, seed: Seed, count: int) -> Int[np.ndarray, "B T"]:
         rng = np.random.default_rng(seed)
@@ -98,7 +93,8 @@ class SlotText(Task):
         values = rng.integers(self.values, size=shape)
         order = rng.permuted(np.tile(np.arange(self.slots), (count, 1)), axis=1)
         wording = rng.integers(self.wordings, size=shape)
-        text = self._clauses(order, wording, np.take_along_axis(values, order, axis=1))
+        said = np.take_along_axis(values, order, axis=1)
+        text = np.stack(self._clause_of(order, wording, said), axis=-1)
         given = np.arange(self.slots) * self.values + values
         sign = np.full((count, 1), self.slots * self.values)
         return np.concatenate([given, sign, text.reshape(count, -1)], axis=1)
@@ -124,17 +120,12 @@ class SlotText(Task):
 
     def check(self, *, prompt: Sequence[int], completion: Sequence[int]) -> bool:
         """Whether each slot has one clause, in any order and wording, with its value."""
-        given = np.asarray(prompt[: self.slots]) - FIRST_SYMBOL
-        values, left = given % self.values, set(range(self.slots))
-        opens = self.slots * self.values + 1
+        values = [(i - FIRST_SYMBOL) % self.values for i in prompt[: self.slots]]
+        opens, left = self.slots * self.values + 1, set(range(self.slots))
         for start in range(0, self.slots * self._clause, self._clause):
             written = [i - FIRST_SYMBOL for i in completion[start : start + self._clause]]
-            kind = written[0] - opens if written else -1
-            slot, wording = divmod(kind, self.wordings)
-            if slot not in left:
+            slot, wording = divmod(written[0] - opens if written else -1, self.wordings)
+            if slot not in left or written != self._clause_of(slot, wording, values[slot]):
                 return False
             left.remove(slot)
-            clause = self._clauses(*(np.asarray(x) for x in (slot, wording, values[slot])))
-            if written != clause.tolist():
-                return False
         return True
