@@ -6,6 +6,7 @@ from tokenlab.depth.halting_loop import HaltingLoop
 from tokenlab.depth.mixture_of_recursions import MixtureOfRecursions
 from tokenlab.depth.recursive import Recursive
 from tokenlab.depth.sequential import Sequential
+from tokenlab.depth.sharing import share_layers
 from tokenlab.depth.skip_decode import SkipDecode, linear_decay
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "Sequential",
     "SkipDecode",
     "linear_decay",
+    "share_layers",
 ]

@@ -78,7 +78,7 @@ class MixtureOfRecursions(Recursive):
             picked = Picked(route.index, route.kept)
             of = jnp.where(route.valid(), picked.gather(segments), 0)
             y, after = self._run(
-                layers, route.gather(x), keys.given(r, picked),
+                self._of(layers, r), route.gather(x), keys.given(r, picked),
                 positions=picked.gather(positions), segments=of, train=train,
             )  # fmt: skip
             keys.left(r, after)

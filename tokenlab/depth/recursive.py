@@ -15,7 +15,7 @@ from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
 from tokenlab.depth.loop_keys import KeySharing, LoopKeys
 from tokenlab.routing import Route
 
-Sharing = Literal["cycle", "middle_cycle"]
+Sharing = Literal["cycle", "middle_cycle", "sequence", "middle_sequence"]
 
 
 class Parts(NamedTuple):
@@ -144,12 +144,16 @@ class Loop(DepthProgram):
         train: bool,
     ) -> tuple[Hidden, Any]:
         """All recursions; and what ``_trace`` is told of them, here that all tokens came."""
+        where = {"positions": positions, "segments": segments, "train": train}
         for r in range(self.recursions):
-            x, after = self._run(
-                layers, x, keys.given(r, None), positions=positions, segments=segments, train=train
-            )
+            x, after = self._run(self._of(layers, r), x, keys.given(r, None), **where)
             keys.left(r, after)
         return x, []
+
+    @nn.nowrap
+    def _of(self, layers: list[nn.Module], recursion: int) -> list[nn.Module]:
+        """The shared layers in the order in which a recursion runs them."""
+        return layers
 
     def _behind(
         self,
@@ -217,9 +221,10 @@ class Loop(DepthProgram):
 class Recursive(Loop):
     """Every token through the same few layers ``recursions`` times.
 
-    With ``num_layers`` L and N recursions, ``cycle`` loops over L / N layers; ``middle_cycle``
-    keeps a first and a last layer of their own and loops over (L - 2) / N. Parameters do not grow
-    with N at equal (L - 2) / N, because each layer is one module that is called again.
+    With ``num_layers`` L and N recursions, ``cycle`` loops over L / N layers, ``0 1 0 1 0 1``, and
+    ``sequence`` runs each N times before the next, ``0 0 0 1 1 1``; the ``middle`` ones keep a
+    first and a last layer of their own and share (L - 2) / N. Parameters do not grow with N at
+    equal (L - 2) / N, because each layer is one module that is called again.
 
     Reference: Bae et al., "Relaxed Recursive Transformers: Effective Parameter Sharing with
     Layer-wise LoRA", 2024, arXiv:2410.20672 (without its LoRA).
@@ -231,9 +236,40 @@ class Recursive(Loop):
     sharing: Sharing = "middle_cycle"
 
     @nn.nowrap
+    def places(self, num_layers: int) -> tuple[tuple[int, ...], ...]:
+        """The nominal layers that each shared layer stands for.
+
+        Raises:
+            UserError: they do not divide.
+        """
+        first, loop, _ = self._parts(num_layers)
+        if self._in_sequence():
+            each = range(first, first + loop * self.recursions, self.recursions)
+            return tuple(tuple(range(at, at + self.recursions)) for at in each)
+        return tuple(
+            tuple(first + r * loop + i for r in range(self.recursions)) for i in range(loop)
+        )
+
+    @nn.nowrap
     def _parts(self, num_layers: int) -> Parts:
-        ends = 1 if self.sharing == "middle_cycle" else 0
+        if self._in_sequence() and self.keys != "recursion_wise":
+            raise UserError(
+                f"keys={self.keys!r} needs the same layers in each recursion, which "
+                f"sharing={self.sharing!r} has not; use a cycle"
+            )
+        ends = 1 if self.sharing.startswith("middle") else 0
         return self._divided(num_layers, first=ends, last=ends, by=self.sharing)
+
+    @nn.nowrap
+    def _in_sequence(self) -> bool:
+        return self.sharing.endswith("sequence")
+
+    @nn.nowrap
+    def _of(self, layers: list[nn.Module], recursion: int) -> list[nn.Module]:
+        if not self._in_sequence():
+            return layers
+        start = recursion * len(layers)
+        return [layers[(start + i) // self.recursions] for i in range(len(layers))]
 
 
 def _numbered(name: str, count: int) -> list[str]:
