@@ -19,6 +19,7 @@ from tokenlab.depth import (
     Recursive,
     Sequential,
     SkipDecode,
+    TokenChoice,
 )
 from tokenlab.models import llama
 
@@ -34,6 +35,9 @@ MEMBERS = {
     "skip, shared bottom": SkipDecode(counts=(5, 4, 2), keep="bottom"),
     "halting early shared": HaltingLoop(
         recursions=3, halting=EarlyHalting(), keys="shared", inject="concat"
+    ),
+    "choice": HaltingLoop(
+        recursions=3, halting=TokenChoice(biased=True), readout="gated", inject="none"
     ),
     "halting hard": HaltingLoop(recursions=3, readout="hard", inject="none"),
     "halting of shared streams": HaltingLoop(recursions=3, readout="expected_loss"),

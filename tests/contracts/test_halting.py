@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import tokenlab.depth
 from tokenlab import config
-from tokenlab.depth import EarlyHalting, FixedHalting, Halting, OnlineHalting
+from tokenlab.depth import EarlyHalting, FixedHalting, Halting, OnlineHalting, TokenChoice
 
 B, T, D, M = 2, 5, 4, 3
 
@@ -34,6 +34,13 @@ def online(states, params):
     return np.asarray([*chances, left]), lambda q: int(np.argmax(np.cumsum(q) >= 0.5)) + 1
 
 
+def choice(states, params):
+    scores = states[0] @ params["scores"]["kernel"]
+    chances = np.exp(scores - scores.max())
+    chances /= chances.sum()
+    return chances, lambda q: int(np.argmax(q + params["bias"])) + 1
+
+
 def fixed(states, params):
     return np.asarray([0.0, 1.0, 0.0]), lambda q: 2
 
@@ -42,6 +49,7 @@ MEMBERS = {
     EarlyHalting: (EarlyHalting(), early),
     OnlineHalting: (OnlineHalting(bias=-0.5), online),
     FixedHalting: (FixedHalting(depth=2), fixed),
+    TokenChoice: (TokenChoice(biased=True), choice),
 }
 every = pytest.mark.parametrize("member", MEMBERS)
 
@@ -73,7 +81,8 @@ def test_equals_the_oracle_and_stops_where_it_says(member, seed):
     chances = part.apply({"params": params}, states, depths=M)
     assert chances.dtype == jnp.float32 and chances.shape == (B, T, M)
     np.testing.assert_allclose(chances.sum(axis=-1), 1, rtol=1e-6)
-    found = 1 + sum(~part.stopped(chances, depth=d) for d in range(1, M))
+    rule = part.bind({"params": params})
+    found = 1 + sum(~rule.stopped(chances, depth=d) for d in range(1, M))
     for b in range(B):
         for t in range(T):
             own = [np.asarray(h[b, t], np.float64) for h in states]
@@ -91,7 +100,8 @@ def test_what_is_known_so_far_decides_so_far(member):
     for depth in range(1, M):
         known = part.apply({"params": params}, states[: depth + 1], depths=M)
         np.testing.assert_allclose(known.sum(axis=-1), 1, rtol=1e-6)
-        for rule in (part.stopped, lambda q, depth: part.drawn(q, depth=depth, level=level)):
+        hard = part.bind({"params": params}).stopped
+        for rule in (hard, lambda q, depth: part.drawn(q, depth=depth, level=level)):
             np.testing.assert_array_equal(rule(known, depth=depth), rule(whole, depth=depth))
 
 

@@ -258,7 +258,7 @@ def test_the_projection_gap_is_a_loop_and_the_floor_where_there_is_no_context():
 def test_training_moves_the_codebook_and_leaves_the_map():
     optimizer = AdamW(learning_rate=Constant(peak=0.1), weight_decay=0.5)
     network, params, codes = with_empty_codes()
-    transform = optimizer.build(Clock(tokens_per_step=1))
+    transform = optimizer.build(Clock(tokens_per_step=1, tokens_per_epoch=lambda: 1))
     state, moved = transform.init(params), params
     for _ in range(3):
         _, gradients, _ = measure(network, NextToken(), moved)

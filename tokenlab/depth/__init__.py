@@ -1,7 +1,13 @@
 """How often each token goes through the blocks of a model."""
 
 from tokenlab.depth.base import DepthProgram, DepthTrace
-from tokenlab.depth.halting import EarlyHalting, FixedHalting, Halting, OnlineHalting
+from tokenlab.depth.halting import (
+    EarlyHalting,
+    FixedHalting,
+    Halting,
+    OnlineHalting,
+    TokenChoice,
+)
 from tokenlab.depth.halting_loop import HaltingLoop
 from tokenlab.depth.mixture_of_recursions import MixtureOfRecursions
 from tokenlab.depth.recursive import Recursive
@@ -21,6 +27,7 @@ __all__ = [
     "Recursive",
     "Sequential",
     "SkipDecode",
+    "TokenChoice",
     "linear_decay",
     "share_layers",
 ]

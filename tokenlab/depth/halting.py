@@ -9,21 +9,27 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokenlab.core.arrays import Array, Bool, Float, Hidden
+from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int
 from tokenlab.core.parameters import parameter
+from tokenlab.core.reports import report
+from tokenlab.core.weighted import Weighted
+from tokenlab.routing import LinearScores, Scores
 
 
 class Halting(nn.Module, abc.ABC):
     """The halting family: a distribution over depths 1 to M for each token, and when it stops."""
 
     @abc.abstractmethod
-    def __call__(self, states: Sequence[Hidden], *, depths: int) -> Float[Array, "B T M"]:
+    def __call__(
+        self, states: Sequence[Hidden], *, depths: int, valid: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T M"]:
         """The chances ``q(1), ..., q(M)`` of each depth; float32, they sum to 1.
 
         Args:
             states: the stream ``h_0`` before the loop and behind each recursion so far. With fewer
                 than M recursions, members that read later ones leave at M what is not placed yet.
             depths: M.
+            valid: tokens that are not padding, for what members report; None is all.
         """
 
     @nn.nowrap
@@ -55,7 +61,9 @@ class EarlyHalting(Halting):
     """
 
     @nn.compact
-    def __call__(self, states: Sequence[Hidden], *, depths: int) -> Float[Array, "B T M"]:
+    def __call__(
+        self, states: Sequence[Hidden], *, depths: int, valid: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T M"]:
         """From the first state alone."""
         width = states[0].shape[-1]
         init = nn.initializers.zeros
@@ -85,7 +93,9 @@ class OnlineHalting(Halting):
     bias: float = -2.0
 
     @nn.compact
-    def __call__(self, states: Sequence[Hidden], *, depths: int) -> Float[Array, "B T M"]:
+    def __call__(
+        self, states: Sequence[Hidden], *, depths: int, valid: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T M"]:
         """From the states behind the recursions so far; that behind the last is not read."""
         width = states[0].shape[-1]
         weight = parameter(self, "kernel", nn.initializers.zeros, (width,), ("embed",))
@@ -93,6 +103,77 @@ class OnlineHalting(Halting):
         read = states[1 : max(2, depths)]  # one at least, so that M = 1 has the parameters too
         scores = jnp.stack([_normed(h) @ weight + bias for h in read], axis=-1)
         return geometric(scores[..., : depths - 1], depths=depths)
+
+
+class TokenChoice(Halting):
+    """Before the loop: ``q = softmax(u)``; by the hard rule the depth of highest ``q + bias``.
+
+    Reported: ``aux["balance"]``, ``M sum_d f_d P_d`` of the depths' shares f of tokens and mean
+    chances P, 1 where depths are even; ``aux["z"]``, ``logsumexp(u)^2``; and with ``biased``
+    ``aux["dual"]``, ``sum_d bias_d (f_d - 1/M)``, by which
+    ``Group(parameters=("*/decision/bias",), optimizer=SGD(learning_rate=Constant(peak=1e-3),
+    sign=True))`` is balance without a loss: ``bias_d += 1e-3 sign(1/M - f_d)``.
+
+    Reference: Bae, Kim, Bayat, Kim, Ha, Schuster, Fisch, Harutyunyan, Ji, Courville, Yun,
+    "Mixture-of-Recursions: Learning Dynamic Recursive Depths for Adaptive Token-Level
+    Computation", 2025, arXiv:2507.10524 (token-choice routing).
+
+    Differences from the paper: chances are a softmax; the variant of sigmoids is left out.
+
+    Attributes:
+        head: gives ``u``.
+        biased: whether the choice has a bias.
+    """
+
+    head: Scores = LinearScores()
+    biased: bool = False
+
+    @nn.compact
+    def __call__(
+        self, states: Sequence[Hidden], *, depths: int, valid: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T M"]:
+        """From the first state alone; reports once all states are there."""
+        scores = self.head.copy(parent=self, name="scores")(states[0], choices=depths)
+        chances = jax.nn.softmax(scores, axis=-1)
+        bias = None
+        if self.biased:
+            bias = parameter(self, "bias", nn.initializers.zeros, (depths,), ("norm",))
+        if len(states) == depths + 1:
+            valid = jnp.ones(scores.shape[:2], bool) if valid is None else valid
+            self._report(scores, chances, bias, valid.astype(jnp.float32))
+        return chances
+
+    def _report(
+        self,
+        scores: Float[Array, "B T M"],
+        chances: Float[Array, "B T M"],
+        bias: Float[Array, " M"] | None,
+        valid: Float[Array, "B T"],
+    ) -> None:
+        depths, tokens = scores.shape[-1], jnp.sum(valid)
+        chosen = jax.nn.one_hot(self._best(chances), depths)
+        of_tokens = jnp.maximum(tokens, 1.0)
+        shares, means = (
+            jnp.einsum("btm,bt->m", each, valid) / of_tokens for each in (chosen, chances)
+        )
+        aux = {
+            "balance": Weighted(total=tokens * depths * jnp.sum(shares * means), weight=tokens),
+            "z": Weighted.of(jax.nn.logsumexp(scores, axis=-1) ** 2, valid),
+        }
+        if bias is not None:
+            dual = jnp.sum(bias * (shares - 1 / depths))
+            aux["dual"] = Weighted(total=tokens * dual, weight=tokens)
+        report(self, aux=aux)
+
+    def _best(self, chances: Float[Array, "B T M"]) -> Int[Array, "B T"]:
+        if self.biased:
+            bias = nn.meta.unbox(self.get_variable("params", "bias"))
+            chances = chances + bias[None, None]
+        return jnp.argmax(chances, axis=-1)
+
+    def stopped(self, chances: Float[Array, "B T M"], *, depth: int) -> Bool[Array, "B T"]:
+        """The depth of highest chance and bias; the smaller of equal ones."""
+        return self._best(chances) < depth
 
 
 class FixedHalting(Halting):
@@ -108,7 +189,9 @@ class FixedHalting(Halting):
     depth: int | None = None
 
     @nn.compact
-    def __call__(self, states: Sequence[Hidden], *, depths: int) -> Float[Array, "B T M"]:
+    def __call__(
+        self, states: Sequence[Hidden], *, depths: int, valid: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T M"]:
         """One at the depth, 0 elsewhere."""
         depth = depths if self.depth is None else self.depth
         if not 1 <= depth <= depths:

@@ -20,7 +20,7 @@ from tokenlab.depth.recursive import Loop, Parts, SharedLayers
 from tokenlab.routing import Route
 
 Inject = Literal["none", "add", "concat"]
-Readout = Literal["mixture", "expected_loss", "straight_through", "hard"]
+Readout = Literal["mixture", "expected_loss", "straight_through", "gated", "hard"]
 
 
 class _Went(NamedTuple):
@@ -51,6 +51,9 @@ class HaltingLoop(Loop):
       ``objectives.ExpectedNextToken`` takes ``sum_d q(d) loss_d``. The output is their mixture.
     - ``straight_through``: a depth is drawn from q and the token stays as it is from there on;
       the output is its state, the gradient that of the mixture. Not in training, as ``hard``.
+    - ``gated``: a token stops by the rule of ``halting``, and ``h_0 + q(d) h_d`` of its depth d
+      leaves the loop, in training as in decoding. With ``TokenChoice`` this is the token-choice
+      form of Mixture-of-Recursions.
     - ``hard``: a token stops by the rule of ``halting``. This is the causal twin of the others,
       which evaluates and decodes.
 
@@ -90,8 +93,8 @@ class HaltingLoop(Loop):
 
     @nn.nowrap
     def causal_twin(self) -> DepthProgram:
-        """The same under the hard rule."""
-        return self.clone(readout="hard")
+        """The same under the hard rule; itself where it trains by that."""
+        return self if self.readout == "gated" else self.clone(readout="hard")
 
     @nn.nowrap
     def _parts(self, num_layers: int) -> Parts:
@@ -113,9 +116,10 @@ class HaltingLoop(Loop):
         inject, level = self._injection(x), None
         if self.readout == "straight_through" and train:
             level = jax.random.uniform(self.make_rng("routes"), x.shape[:2])
-        freezes = self.readout in ("straight_through", "hard")
+        freezes = self.readout in ("straight_through", "gated", "hard")
         where = {"positions": positions, "segments": segments, "train": train}
-        going, states, routes = segments > 0, [x], []
+        valid = segments > 0
+        going, states, routes = valid, [x], []
         for depth in range(1, self.recursions + 1):
             entering = inject(states[-1])
             if freezes:
@@ -127,10 +131,13 @@ class HaltingLoop(Loop):
                 y, after = self._run(layers, entering, keys.given(depth - 1, None), **where)
                 keys.left(depth - 1, after)
             states.append(y)
-            if freezes:
-                chances = decide(states, depths=self.recursions)
-                going &= ~self._stopped(chances, depth, level)
-        went = _Went(states, decide(states, depths=self.recursions), routes)
+            if freezes and depth < self.recursions:
+                chances = decide(states, depths=self.recursions, valid=valid)
+                stop = decide.stopped(chances, depth=depth)
+                if level is not None:
+                    stop = decide.drawn(chances, depth=depth, level=level)
+                going &= ~stop
+        went = _Went(states, decide(states, depths=self.recursions, valid=valid), routes)
         return self._read(went, soft=level is not None or not freezes), went
 
     def _some(
@@ -171,23 +178,19 @@ class HaltingLoop(Loop):
         return lambda h: jnp.concatenate([h, start], axis=-1) @ kernel.astype(h.dtype)
 
     @nn.nowrap
-    def _stopped(
-        self, chances: Float[Array, "B T M"], depth: int, level: Float[Array, "B T"] | None
-    ) -> Bool[Array, "B T"]:
-        if level is None:
-            return self.halting.stopped(chances, depth=depth)
-        return self.halting.drawn(chances, depth=depth, level=level)
-
-    @nn.nowrap
     def _read(self, went: _Went, *, soft: bool) -> Hidden:
         """What leaves the loop: a mixture of the states, or the last."""
-        if not soft:
+        if not soft and self.readout != "gated":
             return went.states[-1]
         weights = went.chances
-        if went.routes:
-            taken = jax.nn.one_hot(self._entered(went.routes) - 1, self.recursions)
-            weights = taken + weights - jax.lax.stop_gradient(weights)
-        return _mixed(weights, jnp.stack(went.states[1:]))
+        if not went.routes:
+            return _mixed(weights, jnp.stack(went.states[1:]))
+        taken = jax.nn.one_hot(self._entered(went.routes) - 1, self.recursions)
+        if self.readout == "gated":
+            gate = jnp.sum(taken * weights, axis=-1, keepdims=True)
+            return went.states[0] + (gate * went.states[-1]).astype(went.states[0].dtype)
+        straight = taken + weights - jax.lax.stop_gradient(weights)
+        return _mixed(straight, jnp.stack(went.states[1:]))
 
     @nn.nowrap
     def _entered(self, routes: list[Route]) -> Array:
