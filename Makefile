@@ -27,7 +27,7 @@ run-gpu-aot: $(VENV)/.gpu-aot
 	$(BIN)/python -m pytest -n 2 -m gpu_aot tests/kernels_pallas/test_gpu_aot.py
 
 smoke: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m smoke
+	XLA_FLAGS= $(BIN)/python -m pytest -n 2 --dist loadfile -m smoke
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

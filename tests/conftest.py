@@ -24,7 +24,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling takes most of the suite's time, and most of that goes into making small programs fast.
 # With XLA's own optimisations of CPU code off, results differ in rounding only. Programs are
 # compiled as users compile them in all that tests start as processes of their own (tests/e2e, the
-# notebooks), and everywhere where XLA_FLAGS is set, if to nothing.
+# notebooks), and wherever XLA_FLAGS is set, if only to nothing, as `make smoke` does.
 QUICK_COMPILING = "--xla_backend_optimization_level=0"
 if jax.__version_info__ < (0, 11):  # later ones have no other emitters
     QUICK_COMPILING += " --xla_cpu_use_fusion_emitters=false"
