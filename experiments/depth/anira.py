@@ -7,10 +7,11 @@ Paper:    "Understanding Dynamic Compute Allocation in Recurrent Transformers", 
           arXiv:2602.08864.
 Command:  python -m tokenlab study experiments/depth/anira.py
 Hardware: two CPU cores, half an hour on a busy machine.
-Expected: not visible at this size. Tokens that predict no answer get 1.1 of 3 recursions and the
-          others 1.4 (early) to 1.7 (online), but those of more hops no more of them; without a
-          price all get 2.8. 1,200 steps do not suffice: 91 % right at fixed depth, 89 % online,
-          83 % early. ``soft`` reads the mixture, ``hard`` stops tokens as decoding does.
+Expected: does not hold at this size, the only one with three seeds. Tokens that predict no answer
+          get 1.1 of 3 recursions and the others 1.4 (early) to 1.7 (online), but those of more
+          hops no more of them; without a price all get 2.8. 1,200 steps do not suffice: 91 % right
+          at fixed depth, 89 % online, 83 % early. ``soft`` reads the mixture, ``hard`` stops
+          tokens as decoding does.
 """
 
 from tokenlab import config as configs

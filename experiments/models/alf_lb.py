@@ -19,7 +19,6 @@ Expected: on fixed scores MaxVio falls from 1.93 to 0.016. From step 250 to 4,00
 """
 
 import dataclasses
-import itertools
 import math
 from typing import Any, Literal
 
@@ -207,9 +206,8 @@ class Language(Trial):
         }  # fmt: skip
         run = Run.of(configs.replace(config(), changes))
         state, violations = run.trainer.init(), []
-        for batch in itertools.islice(run.batches(), run.total_steps):
-            arrays = {name: rows for name, rows in batch.items() if name != "documents"}
-            state, metrics = run.trainer.step(state, run.trainer.put(arrays))
+        for after, metrics in run.steps(state):
+            state = after
             part = metrics.sums["violation"]
             violations.append(np.mean(np.asarray(part.total) / np.asarray(part.weight)))
         found = run.experiment.evals["held_out"](

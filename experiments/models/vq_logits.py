@@ -88,9 +88,8 @@ def untied(seed: int, steps: int):
 
 def trained(run: Run, state):
     """The parameters after all steps of a run that starts at ``state``."""
-    for batch in itertools.islice(run.batches(), run.total_steps):
-        arrays = {name: rows for name, rows in batch.items() if name != "documents"}
-        state, _ = run.trainer.step(state, run.trainer.put(arrays))
+    for after, _ in run.steps(state):
+        state = after
     return state.params
 
 

@@ -82,6 +82,7 @@ TABLE = {
     ),
 }
 every = pytest.mark.parametrize("member", TABLE)
+OF_TOKENS = ("active_experts", "gate_entropy")  # the reports that have a figure per token
 
 
 def test_the_table_holds_every_public_member():
@@ -157,8 +158,7 @@ def test_padding_changes_nothing_whatever_it_holds(member):
     assert not np.any(np.asarray(stream)[~np.asarray(more)])
     for name, (one,) in reports.items():
         other = same_reports[name][0]
-        other = other[:3, :9] if getattr(other, "ndim", 0) == 2 else other
-        close(one, other)
+        close(one, other[:3, :9] if name in OF_TOKENS else other)
 
 
 @every

@@ -316,10 +316,13 @@ def test_learned_positions_are_added_to_what_enters():
 def test_a_mixture_of_one_token_enters_as_the_token():
     model = small(embedding_scale=2.0)
     params, (tokens, *_) = initialised(model), packed([5], 5)
-    shares = jnp.concatenate([jax.nn.one_hot(tokens, 23), jnp.full((1, 1, 23), 1 / 23)], axis=1)
-    mixed = model.apply({"params": params}, shares, method="mix")
+    even, none = jnp.full((1, 1, 23), 1 / 23), jnp.zeros((1, 1, 23))
+    shares = jnp.concatenate([jax.nn.one_hot(tokens, 23), even, none], axis=1)
+    written = jnp.concatenate([tokens * 0, tokens[:, :2]], axis=1)
+    mixed = model.apply({"params": params}, written, mixture=shares, method="mix")
     alone = model.apply({"params": params}, tokens, method="embed")
     np.testing.assert_array_equal(mixed[:, :5], alone)
+    np.testing.assert_array_equal(mixed[:, 6], alone[:, 1])  # no mixture: the token that is written
     np.testing.assert_allclose(
         mixed[0, 5], 2.0 * params["embedding"].mean(axis=0), rtol=1e-4, atol=1e-6
     )

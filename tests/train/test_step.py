@@ -15,11 +15,9 @@ from tokenlab.train.run import Run
 
 def steps(experiment, count):
     run = Run.of(experiment)
-    state, data = run.trainer.init(), run.batches()
-    losses = []
-    for _ in range(count):
-        batch = {name: rows for name, rows in next(data).items() if name != "documents"}
-        state, metrics = run.trainer.step(state, run.trainer.put(batch))
+    state, losses = run.trainer.init(), []
+    for after, metrics in run.steps(state, last=count):
+        state = after
         losses.append(float(metrics.loss))
     return run, state, losses, metrics
 

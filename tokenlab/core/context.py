@@ -131,11 +131,8 @@ class Context:
         batch, key = self.batch, self._key
         mixture = batch.get("mixture") if mixture is None else mixture
         if mixture is not None:
-            thought = jnp.sum(mixture, axis=-1, keepdims=True) > 0.5
-            options["embeddings"] = jnp.where(
-                thought,
-                self._views[view](mixture, method="mix"),
-                self._views[view](batch["tokens"], method="embed"),
+            options["embeddings"] = self._views[view](
+                batch["tokens"], mixture=mixture, method="mix"
             )
         options |= {name: batch[name] for name in ("prompt",) if name in batch}
         rngs = {} if key is None else {name: stream(key, name) for name in ("dropout", "routes")}

@@ -149,6 +149,6 @@ def entering(
     if fed.mixture is None or fed.mixed is None:
         return None, False
     view = View(model=model, params=params)
-    mixed: Any = view(fed.mixture[:, None], method="mix")
-    plain: Any = view(fed.draw.token[:, None], method="embed")
-    return jnp.where(fed.mixed[:, None, None], mixed, plain), fed.mixed
+    mixture = jnp.where(fed.mixed[:, None], fed.mixture, 0.0)
+    x: Any = view(fed.draw.token[:, None], mixture=mixture[:, None], method="mix")
+    return x, fed.mixed

@@ -113,13 +113,13 @@ class DepthProgram(nn.Module, abc.ABC):
         """
 
     @nn.nowrap
-    @abc.abstractmethod
     def cached_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The nominal layer behind each cache, in the order of ``Cache.layer``.
+        """The nominal layer behind each cache, in the order of ``Cache.layer``: one a layer.
 
         Raises:
-            UserError: the program does not decode with a cache.
+            UserError: the layers do not divide as the program needs it.
         """
+        return tuple(range(num_layers))
 
     @nn.nowrap
     def projects(self, num_layers: int) -> tuple[bool, ...]:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokenlab.cache import Picked
 from tokenlab.core.arrays import Array, Bool, Float, Hidden, Positions, Segments
 from tokenlab.core.parameters import dense_init, parameter
 from tokenlab.core.weighted import Weighted
@@ -43,8 +42,8 @@ class HaltingLoop(Loop):
     """A core of shared layers, which each token leaves after as many recursions as it is given.
 
     ``h_0`` is the stream behind ``prelude`` layers, ``h_d = R(h_{d-1}; h_0)`` for d up to
-    ``recursions``, and ``coda`` layers follow. ``halting`` gives chances q(d) of each depth. In
-    training every token goes through all recursions, and ``readout`` says what comes of it:
+    ``recursions``, and ``coda`` layers follow. ``halting`` gives chances q(d) of each depth, and
+    ``readout`` says what comes of them; under the first two every token goes through all of them:
 
     - ``mixture``: the coda reads ``sum_d q(d) h_d``.
     - ``expected_loss``: the coda runs on each ``h_d``; ``trace.streams`` has the results, of which
@@ -126,7 +125,10 @@ class HaltingLoop(Loop):
                 ones = jnp.ones(x.shape[:2])
                 routes.append(Route.of(going, ones, capacity=x.shape[1], aux={}))
             if freezes and depth > 1:
-                y = self._some(layers, entering, states[-1], routes[-1], keys, depth - 1, **where)
+                route = routes[-1]
+                y = self._routed(layers, entering, route, keys, depth - 1, **where)
+                # Added to nothing, so that no bit of a state is lost.
+                y = route.scatter_add(jnp.where(route.kept[..., None], 0, states[-1]), y)
             else:
                 y, after = self._run(layers, entering, keys.given(depth - 1, None), **where)
                 keys.left(depth - 1, after)
@@ -139,33 +141,6 @@ class HaltingLoop(Loop):
                 going &= ~stop
         went = _Went(states, decide(states, depths=self.recursions, valid=valid), routes)
         return self._read(went, soft=level is not None or not freezes), went
-
-    def _some(
-        self,
-        layers: list[nn.Module],
-        entering: Hidden,
-        left: Hidden,
-        route: Route,
-        keys: LoopKeys,
-        recursion: int,
-        *,
-        positions: Positions,
-        segments: Segments,
-        train: bool,
-    ) -> Hidden:
-        """A recursion on the tokens of ``route``; the others are ``left`` as they are."""
-        picked = Picked(route.index, route.kept)
-        y, after = self._run(
-            layers,
-            route.gather(entering),
-            keys.given(recursion, picked),
-            positions=picked.gather(positions),
-            segments=jnp.where(route.valid(), picked.gather(segments), 0),
-            train=train,
-        )
-        keys.left(recursion, after)
-        # Added to nothing, so that no bit of a state is lost.
-        return route.scatter_add(jnp.where(route.kept[..., None], 0, left), y)
 
     def _injection(self, start: Hidden) -> Any:
         """What enters a recursion, from the stream so far."""

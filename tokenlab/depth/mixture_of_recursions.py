@@ -7,7 +7,6 @@ import dataclasses
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokenlab.cache import Picked
 from tokenlab.core.arrays import Array, Bool, Hidden, Positions, Segments
 from tokenlab.core.weighted import Weighted
 from tokenlab.depth.base import DepthProgram, DepthTrace
@@ -64,6 +63,7 @@ class MixtureOfRecursions(Recursive):
         train: bool,
     ) -> tuple[Hidden, list[Route]]:
         """Gathers the tokens that a recursion keeps, runs it, adds the gated result back."""
+        where = {"positions": positions, "segments": segments, "train": train}
         kept, routes = segments > 0, []
         tokens = jnp.sum(kept, axis=1)
         for r in range(self.recursions):
@@ -75,14 +75,7 @@ class MixtureOfRecursions(Recursive):
                 limit=jnp.minimum(tokens, jnp.maximum(1, tokens * left // whole)),
                 share=left / min(left + 1, whole),
             )
-            picked = Picked(route.index, route.kept)
-            of = jnp.where(route.valid(), picked.gather(segments), 0)
-            y, after = self._run(
-                self._of(layers, r), route.gather(x), keys.given(r, picked),
-                positions=picked.gather(positions), segments=of, train=train,
-            )  # fmt: skip
-            keys.left(r, after)
-            x = route.scatter_add(x, y)
+            x = route.scatter_add(x, self._routed(layers, x, route, keys, r, **where))
             kept = route.kept
             routes.append(route)
         return x, routes

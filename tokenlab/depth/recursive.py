@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokenlab.cache import Cache
-from tokenlab.core.arrays import Array, Bool, Hidden, Positions, Prompt, Segments
+from tokenlab.cache import Cache, Picked
+from tokenlab.core.arrays import Array, Bool, Float, Hidden, Positions, Prompt, Segments
 from tokenlab.core.errors import UserError
 from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
 from tokenlab.depth.loop_keys import KeySharing, LoopKeys
@@ -150,10 +151,35 @@ class Loop(DepthProgram):
             keys.left(r, after)
         return x, []
 
+    def _routed(
+        self,
+        layers: list[nn.Module],
+        x: Hidden,
+        route: Route,
+        keys: LoopKeys,
+        recursion: int,
+        *,
+        positions: Positions,
+        segments: Segments,
+        train: bool,
+    ) -> Float[Array, "B C D"]:
+        """A recursion of the tokens of ``route`` alone, gathered and left so."""
+        picked = Picked(route.index, route.kept)
+        y, after = self._run(
+            self._of(layers, recursion),
+            route.gather(x),
+            keys.given(recursion, picked),
+            positions=picked.gather(positions),
+            segments=jnp.where(route.valid(), picked.gather(segments), 0),
+            train=train,
+        )
+        keys.left(recursion, after)
+        return y
+
     @nn.nowrap
-    def _of(self, layers: list[nn.Module], recursion: int) -> list[nn.Module]:
+    def _of(self, layers: Sequence[Any], recursion: int) -> list[Any]:
         """The shared layers in the order in which a recursion runs them."""
-        return layers
+        return list(layers)
 
     def _behind(
         self,
@@ -243,11 +269,9 @@ class Recursive(Loop):
             UserError: they do not divide.
         """
         first, loop, _ = self._parts(num_layers)
-        if self._in_sequence():
-            each = range(first, first + loop * self.recursions, self.recursions)
-            return tuple(tuple(range(at, at + self.recursions)) for at in each)
+        order = [i for r in range(self.recursions) for i in self._of(range(loop), r)]
         return tuple(
-            tuple(first + r * loop + i for r in range(self.recursions)) for i in range(loop)
+            tuple(first + at for at, layer in enumerate(order) if layer == i) for i in range(loop)
         )
 
     @nn.nowrap
@@ -265,9 +289,9 @@ class Recursive(Loop):
         return self.sharing.endswith("sequence")
 
     @nn.nowrap
-    def _of(self, layers: list[nn.Module], recursion: int) -> list[nn.Module]:
+    def _of(self, layers: Sequence[Any], recursion: int) -> list[Any]:
         if not self._in_sequence():
-            return layers
+            return list(layers)
         start = recursion * len(layers)
         return [layers[(start + i) // self.recursions] for i in range(len(layers))]
 

@@ -76,8 +76,3 @@ class Sequential(DepthProgram):
             active=jnp.broadcast_to(valid[None], (num_layers, *valid.shape)),
         )
         return x, trace, cache
-
-    @nn.nowrap
-    def cached_layers(self, num_layers: int) -> tuple[int, ...]:
-        """One cache a layer."""
-        return tuple(range(num_layers))

@@ -133,11 +133,6 @@ class SkipDecode(DepthProgram):
         depth = jnp.sum(active, axis=0, dtype=jnp.int32)
         return x, DepthTrace(depth=depth, active=active), cache
 
-    @nn.nowrap
-    def cached_layers(self, num_layers: int) -> tuple[int, ...]:
-        """One cache a layer."""
-        return tuple(range(num_layers))
-
     def _layer(
         self,
         layer: nn.Module,

@@ -48,10 +48,7 @@ class ObjectiveValue(Evaluation):
             return self.objective(Context(batch=batch, views=views))
 
         rows = self.data.batches(tokenizer=tokenizer, batch_size=self.batch_size, seed=self.seed)
-        found = [
-            sums_of(params, {name: array for name, array in batch.items() if name != "documents"})
-            for batch in itertools.islice(rows, self.batches)
-        ]
+        found = [sums_of(params, batch) for batch in itertools.islice(rows, self.batches)]
         totals = {
             name: functools.reduce(Weighted.merge, [sums[name] for sums in found])
             for name in self.objective.terms

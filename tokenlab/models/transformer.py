@@ -208,14 +208,16 @@ class Transformer(nn.Module):
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         return x * self.embedding_scale
 
-    def mix(self, mixture: Float[Array, "B T V"]) -> Hidden:
+    def mix(self, tokens: Tokens, *, mixture: Float[Array, "B T V"]) -> Hidden:
         """What enters the stack for mixtures of tokens: the means of their embeddings.
 
         Args:
-            mixture: share of each token, float32.
+            tokens: what is read where there is no mixture.
+            mixture: share of each token, float32, with sum one, or zero where there is none.
         """
         x = jnp.einsum("btv,vd->btd", mixture, self.embedding, precision=jax.lax.Precision.HIGHEST)
-        return x.astype(self.dtype) * self.embedding_scale
+        there = jnp.sum(mixture, axis=-1, keepdims=True) > 0.5
+        return jnp.where(there, x.astype(self.dtype) * self.embedding_scale, self.embed(tokens))
 
     @nn.nowrap
     def causal_twin(self) -> Transformer:

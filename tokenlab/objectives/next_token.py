@@ -82,7 +82,7 @@ class ZLoss(VocabularyLoss):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpectedNextToken(VocabularyLoss):
+class ExpectedNextToken(NextToken):
     """Negative log-likelihood expected over depths: ``-sum_d q(d) log p_d(target)``, in nats.
 
     The model is one whose depth program leaves a stream for every depth, as
@@ -108,7 +108,3 @@ class ExpectedNextToken(VocabularyLoss):
             for hidden in trace.streams
         ]
         return jnp.sum(trace.figures["halting"] * jnp.stack(losses), axis=0)
-
-    def of(self, logits: TargetLogits) -> Values:
-        """Nats of every target at one depth."""
-        return logits.log_sum_exp - logits.target

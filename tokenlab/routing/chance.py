@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int
-from tokenlab.routing.base import Route, Router
-from tokenlab.routing.expert_choice import ScoringRouter, highest
+from tokenlab.core.arrays import Array, Float, Hidden
+from tokenlab.routing.base import Router
+from tokenlab.routing.expert_choice import Asked, Kept, ScoringRouter, highest
 
 
 class RandomRouter(ScoringRouter):
@@ -25,20 +25,8 @@ class RandomRouter(ScoringRouter):
 
     causal: ClassVar[bool] = False
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Hidden,
-        *,
-        active: Bool[Array, "B T"],
-        capacity: int,
-        limit: Int[Array, " B"],
-        share: float,
-    ) -> Route:
-        """The ``limit`` active tokens of highest draw."""
-        gates = self._gates(self._scored(x))
-        kept = highest(draws(x), active=active, capacity=capacity, limit=limit)
-        return Route.of(kept, gates, capacity=capacity, aux={})
+    def _kept(self, x: Hidden, scores: Float[Array, "B T"], asked: Asked) -> Kept:
+        return highest(draws(x), asked), {}
 
     @nn.nowrap
     def causal_twin(self) -> Router:
@@ -54,19 +42,8 @@ class ChanceRouter(ScoringRouter):
 
     causal: ClassVar[bool] = True
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Hidden,
-        *,
-        active: Bool[Array, "B T"],
-        capacity: int,
-        limit: Int[Array, " B"],
-        share: float,
-    ) -> Route:
-        """Each token by its own draw; the capacity is the whole row."""
-        kept = active & (draws(x) < share)
-        return Route.of(kept, self._gates(self._scored(x)), capacity=x.shape[1], aux={})
+    def _kept(self, x: Hidden, scores: Float[Array, "B T"], asked: Asked) -> Kept:
+        return asked.active & (draws(x) < asked.share), {}
 
     @nn.nowrap
     def causal_twin(self) -> Router:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import abc
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,25 @@ from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int
 from tokenlab.core.weighted import Weighted
 from tokenlab.routing.base import Route, Router
 from tokenlab.routing.scores import LinearScores, Scores
+
+
+class Asked(NamedTuple):
+    """What a router is asked for; its fields are the arguments of ``Router``.
+
+    Attributes:
+        active: tokens that may be picked.
+        capacity: slots.
+        limit: of those, how many a row may use.
+        share: of the active tokens, for a choice by chance.
+    """
+
+    active: Bool[Array, "B T"]
+    capacity: int
+    limit: Int[Array, " B"]
+    share: float
+
+
+Kept = tuple[Bool[Array, "B T"], dict[str, Weighted]]
 
 
 class ScoringRouter(Router):
@@ -28,12 +48,29 @@ class ScoringRouter(Router):
     temperature: float = 1.0
     head: Scores = LinearScores()
 
+    @abc.abstractmethod
+    def _kept(self, x: Hidden, scores: Float[Array, "B T"], asked: Asked) -> Kept:
+        """The choice, and its losses."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Hidden,
+        *,
+        active: Bool[Array, "B T"],
+        capacity: int,
+        limit: Int[Array, " B"],
+        share: float,
+    ) -> Route:
+        """The choice under the gates; a causal one may be of the whole row."""
+        scores = self._scored(x)
+        kept, aux = self._kept(x, scores, Asked(active, capacity, limit, share))
+        slots = x.shape[1] if self.causal else capacity
+        return Route.of(kept, self.alpha * jax.nn.sigmoid(scores), capacity=slots, aux=aux)
+
     def _scored(self, x: Hidden, name: str = "scores") -> Float[Array, "B T"]:
         of = self.head.copy(parent=self, name=name)
         return of(x, choices=1)[..., 0] / self.temperature
-
-    def _gates(self, scores: Float[Array, "B T"]) -> Float[Array, "B T"]:
-        return self.alpha * jax.nn.sigmoid(scores)
 
 
 class ExpertChoiceRouter(ScoringRouter):
@@ -57,27 +94,13 @@ class ExpertChoiceRouter(ScoringRouter):
     auxiliary: bool = False
     causal: ClassVar[bool] = False
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Hidden,
-        *,
-        active: Bool[Array, "B T"],
-        capacity: int,
-        limit: Int[Array, " B"],
-        share: float,
-    ) -> Route:
-        """The best ``limit`` active tokens of each row; equal scores go to the earlier token."""
-        scores = self._scored(x)
-        kept = highest(scores, active=active, capacity=capacity, limit=limit)
+    def _kept(self, x: Hidden, scores: Float[Array, "B T"], asked: Asked) -> Kept:
+        kept = highest(scores, asked)
         told = scores
         if self.auxiliary:
             told = self._scored(jax.lax.stop_gradient(x), "auxiliary_scores")
         surprise = jax.nn.softplus(told) - jnp.where(kept, told, 0.0)
-        membership = Weighted.of(surprise, active.astype(jnp.float32))
-        return Route.of(
-            kept, self._gates(scores), capacity=capacity, aux={"membership": membership}
-        )
+        return kept, {"membership": Weighted.of(surprise, asked.active.astype(jnp.float32))}
 
     @nn.nowrap
     def causal_twin(self) -> Router:
@@ -102,21 +125,9 @@ class ThresholdRouter(ScoringRouter):
     auxiliary: bool = False
     causal: ClassVar[bool] = True
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Hidden,
-        *,
-        active: Bool[Array, "B T"],
-        capacity: int,
-        limit: Int[Array, " B"],
-        share: float,
-    ) -> Route:
-        """Each token by its own score; the capacity is the whole row."""
-        scores = self._scored(x)
+    def _kept(self, x: Hidden, scores: Float[Array, "B T"], asked: Asked) -> Kept:
         told = self._scored(x, "auxiliary_scores") if self.auxiliary else scores
-        kept = active & (told >= 0)
-        return Route.of(kept, self._gates(scores), capacity=x.shape[1], aux={})
+        return asked.active & (told >= 0), {}
 
     @nn.nowrap
     def causal_twin(self) -> Router:
@@ -124,20 +135,11 @@ class ThresholdRouter(ScoringRouter):
         return self
 
 
-def highest(
-    scores: Float[Array, "B T"],
-    *,
-    active: Bool[Array, "B T"],
-    capacity: int,
-    limit: Int[Array, " B"],
-) -> Bool[Array, "B T"]:
-    """The ``limit`` active tokens of highest score in each row, at most ``capacity``.
-
-    Equal scores go to the earlier token.
-    """
-    ranked = jnp.where(active, jax.lax.stop_gradient(scores), -jnp.inf)
-    best = jax.lax.top_k(ranked, capacity)[1]
-    used = in_use(best, jnp.minimum(limit, jnp.sum(active, axis=1)))
+def highest(scores: Float[Array, "B T"], asked: Asked) -> Bool[Array, "B T"]:
+    """The ``limit`` active tokens of highest score in each row; the earlier of equal ones."""
+    ranked = jnp.where(asked.active, jax.lax.stop_gradient(scores), -jnp.inf)
+    best = jax.lax.top_k(ranked, asked.capacity)[1]
+    used = in_use(best, jnp.minimum(asked.limit, jnp.sum(asked.active, axis=1)))
     rows = jnp.arange(best.shape[0])[:, None]
     kept = jnp.zeros(scores.shape, bool)
     return kept.at[rows, jnp.where(used, best, scores.shape[1])].set(True, mode="drop")

@@ -150,8 +150,7 @@ class Loop:
 
     def _advance(self) -> None:
         batch = next(self.data)
-        arrays = {name: rows for name, rows in batch.items() if name != "documents"}
-        self.state, metrics = self.run.trainer.step(self.state, self.run.trainer.put(arrays))
+        self.state, metrics = self.run.trainer.step(self.state, self.run.trainer.put(batch))
         # The device works on this step while the host reads the metrics of the one before.
         self._read_pending()
         self.step += 1

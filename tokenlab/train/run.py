@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import grain
 import jax
@@ -18,7 +19,7 @@ from tokenlab.experiment import Experiment
 from tokenlab.tokenizers import Tokenizer, cached_fit, load_tokenizer
 from tokenlab.train.checkpoint import Checkpointing, Checkpoints
 from tokenlab.train.folder import load_experiment
-from tokenlab.train.step import Trainer, TrainState
+from tokenlab.train.step import StepMetrics, Trainer, TrainState
 
 
 def fit_tokenizer(experiment: Experiment) -> Tokenizer:
@@ -118,6 +119,21 @@ class Run:
                 shard_count=jax.process_count(),
             )
         )
+
+    def steps(
+        self, state: TrainState, *, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[TrainState, StepMetrics]]:
+        """The run's steps alone, without a folder: the state and the metrics behind each.
+
+        Args:
+            state: to go on from; the first step gives it up.
+            first: batch of the first step.
+            last: batch behind that of the last; None is the end of the run.
+        """
+        last = self.total_steps if last is None else last
+        for batch in itertools.islice(self.batches(), first, last):
+            state, metrics = self.trainer.step(state, self.trainer.put(batch))
+            yield state, metrics
 
 
 def open_run(folder: pathlib.Path, *, step: int | None = None) -> tuple[Run, TrainState]:

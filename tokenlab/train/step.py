@@ -138,11 +138,12 @@ class Trainer:
             return jax.jit(self._first, out_shardings=out)(params)
 
     def put(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """This process's rows as global device arrays."""
+        """This process's rows as global device arrays, without the numbers of their documents."""
         sharding = batch_sharding(self.mesh)
         return {
             name: jax.make_array_from_process_local_data(sharding, rows)
             for name, rows in batch.items()
+            if name != "documents"
         }
 
     def _frozen_shardings(self) -> dict[str, PyTree]:
