@@ -158,9 +158,12 @@ def _blocks(
     if selected is None and pages is None:
         return _contiguous(shown, size)
     if selected is None:
-        every = jnp.arange(slots // page, dtype=jnp.int32)[None, None]
-        units = jnp.broadcast_to(every, (shown.shape[0], 1, slots // page))
-        return _gathered(k, shown, pages, units, page, size)
+        # Pages of more than a block are read in equal parts.
+        parts = -(-page // size)
+        unit = page // next(n for n in range(parts, page + 1) if page % n == 0)
+        every = jnp.arange(slots // unit, dtype=jnp.int32)[None, None]
+        units = jnp.broadcast_to(every, (shown.shape[0], 1, slots // unit))
+        return _gathered(k, shown, pages, units, unit, size)
     units = _distinct(selected, block_lists.count(slots, unit))
     if page % unit:
         # Units that do not fill pages are taken slot by slot.

@@ -5,6 +5,7 @@ from tokenlab.cache.base import CachePolicy, CacheView, Entries, Heads, Picked, 
 from tokenlab.cache.ems import EMS
 from tokenlab.cache.full import FullCache, Slots
 from tokenlab.cache.layers import Cache, LayerCache
+from tokenlab.cache.looped import LoopedCache
 from tokenlab.cache.louis_kv import LouisKV
 from tokenlab.cache.page_top_k import PageTopK
 from tokenlab.cache.paged import PagedCache
@@ -24,6 +25,7 @@ __all__ = [
     "FullCache",
     "Heads",
     "LayerCache",
+    "LoopedCache",
     "LouisKV",
     "PageTopK",
     "PagedCache",

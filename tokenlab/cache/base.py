@@ -104,6 +104,17 @@ class Entries(NamedTuple):
         kept = jnp.arange(index.shape[1])[None] < jnp.sum(there, axis=1, keepdims=True)
         return picked._replace(segments=jnp.where(kept, picked.segments, 0))
 
+    def following(self, out: Float[Array, "B T H E"]) -> Entries:
+        """The same, but known only once ``out`` is, which was read from a cache.
+
+        XLA copies a whole cache that might be written before it has been read, and no barrier
+        tells its CPU compiler otherwise; so zeros that it cannot see through are added.
+        """
+        groups = out.shape[2] // self.k.shape[2]
+        bits = jax.lax.bitcast_convert_type(out[:, :, ::groups, :1].astype(jnp.float32), jnp.uint32)
+        nothing = (jnp.minimum(bits, 1) >> 1).astype(self.k.dtype)
+        return self._replace(k=self.k + nothing, v=self.v + nothing)
+
     def spread(self, picked: Picked) -> Entries:
         """Those of picked tokens in the places of the row, padding in the others."""
         rows = picked.kept.shape
@@ -207,6 +218,14 @@ class CachePolicy(abc.ABC):
     def insert(self, state: PyTree, rows: Int[Array, " N"], other: PyTree) -> PyTree:
         """Puts the rows of another cache in the place of ``rows``."""
         return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state, other)
+
+    def lanes(self, state: PyTree, rows: Int[Array, " N"]) -> PyTree:
+        """The caches of some rows for one pass; what is appended goes back by ``rejoined``."""
+        return self.fork(state, rows)
+
+    def rejoined(self, state: PyTree, rows: Int[Array, " N"], lanes: PyTree) -> PyTree:
+        """The whole cache after a pass over ``lanes`` of it, which are its ``rows``."""
+        return self.insert(state, rows, lanes)
 
     def counters(self, state: PyTree) -> dict[str, Float[Array, " B"]]:
         """What a member counts of each row, by name; decoders report the sum over layers."""

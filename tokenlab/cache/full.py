@@ -18,11 +18,13 @@ class Slots(flax.struct.PyTreeNode):
         k: keys.
         v: values.
         positions: position of the entry in each slot, -1 where there is none.
+        rows: where these rows are among those of ``k`` and ``v``; None is all, in order.
     """
 
-    k: Float[Array, "B K S E"]
-    v: Float[Array, "B K S E"]
+    k: Float[Array, "P K S E"]
+    v: Float[Array, "P K S E"]
     positions: Int[Array, "B S"]
+    rows: Int[Array, " B"] | None = None
 
     @classmethod
     def empty(cls, room: Room, heads: Heads, count: int) -> Slots:
@@ -40,11 +42,20 @@ class Slots(flax.struct.PyTreeNode):
         inside = (new.segments > 0) & (slots >= 0) & (slots < count)
         slots = jnp.where(inside, slots, count)
         rows = jnp.arange(len(slots))[:, None]
-        return Slots(
-            k=written(self.k, new.k, slots),
-            v=written(self.v, new.v, slots),
+        return self.replace(
+            k=written(self.k, new.k, slots, self.rows),
+            v=written(self.v, new.v, slots, self.rows),
             positions=self.positions.at[rows, slots].set(new.positions, mode="drop"),
         )
+
+    def lanes(self, rows: Int[Array, " N"]) -> Slots:
+        """Some rows, their keys and values left where they are."""
+        return self.replace(positions=self.positions[rows], rows=rows)
+
+    def rejoined(self, lanes: Slots) -> Slots:
+        """All rows again, after something was written to ``lanes`` of them."""
+        positions = self.positions.at[lanes.rows].set(lanes.positions)
+        return lanes.replace(positions=positions, rows=None)
 
     def before(self, lengths: Int[Array, " B"]) -> Slots:
         """Without the entries at positions from ``lengths`` on."""
@@ -58,23 +69,31 @@ class Slots(flax.struct.PyTreeNode):
     def view(self, q: Float[Array, "B T H E"]) -> CacheView:
         """All entries."""
         filled = (self.positions >= 0).astype(jnp.int32)
-        return CacheView(q, self.k, self.v, self.positions, filled)
+        pages = None if self.rows is None else self.rows[:, None]
+        return CacheView(q, self.k, self.v, self.positions, filled, pages=pages)
 
 
 def written(
-    pool: Float[Array, "B K S E"], new: Float[Array, "B T K E"], slots: Int[Array, "B T"]
-) -> Float[Array, "B K S E"]:
-    """``pool[b, :, slots[b, t]] = new[b, t]``; slots from S on are left out."""
-    at, rows = as_rows(pool.shape, new, slots)
-    return with_rows(pool, at, rows.astype(pool.dtype))
+    pool: Float[Array, "P K S E"],
+    new: Float[Array, "B T K E"],
+    slots: Int[Array, "B T"],
+    rows: Int[Array, " B"] | None = None,
+) -> Float[Array, "P K S E"]:
+    """``pool[rows[b], :, slots[b, t]] = new[b, t]``; slots from S on are left out."""
+    at, entries = as_rows(pool.shape, new, slots, rows)
+    return with_rows(pool, at, entries.astype(pool.dtype))
 
 
 def as_rows(
-    shape: tuple[int, ...], new: Float[Array, "B T K E"], slots: Int[Array, "B T"]
+    shape: tuple[int, ...],
+    new: Float[Array, "B T K E"],
+    slots: Int[Array, "B T"],
+    rows: Int[Array, " B"] | None = None,
 ) -> tuple[Int[Array, " N"], Float[Array, "N E"]]:
     """Entries as rows of the matrix that a pool of that shape is, and which rows those are."""
     batch, heads, count, width = shape
-    first = count * jnp.arange(batch * heads).reshape(batch, heads, 1)
+    rows = jnp.arange(batch) if rows is None else rows
+    first = count * (heads * rows[:, None, None] + jnp.arange(heads)[None, :, None])
     at = jnp.where(slots[:, None] < count, first + slots[:, None], batch * heads * count)
     return at.reshape(-1), new.swapaxes(1, 2).reshape(-1, width)
 
@@ -114,3 +133,11 @@ class FullCache(CachePolicy):
     def held(self, state: Slots) -> Float[Array, " B"]:
         """The entries of a row."""
         return state.count()
+
+    def lanes(self, state: Slots, rows: Int[Array, " N"]) -> Slots:
+        """Copies no keys."""
+        return state.lanes(rows)
+
+    def rejoined(self, state: Slots, rows: Int[Array, " N"], lanes: Slots) -> Slots:
+        """Copies no keys."""
+        return state.rejoined(lanes)

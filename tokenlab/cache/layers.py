@@ -63,7 +63,7 @@ class LayerCache(flax.struct.PyTreeNode):
             What they read, and the cache with them appended, or waiting where they are a draft.
         """
         out, after = self.look(new, rule=rule, impl=impl, first=first)
-        return out, after.keep(new)
+        return out, after.keep(new.following(out))
 
     def look(
         self,

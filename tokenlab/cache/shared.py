@@ -64,10 +64,10 @@ class SharedKeys(flax.struct.PyTreeNode):
         assert cache is not None and entries is not None
         if picked is None:
             out, cache = cache.look(entries._replace(q=new.q), rule=rule, impl=impl)
-            return out, self.replace(cache=cache)
+            return out, self.replace(cache=cache, entries=entries.following(out))
         asking = entries._replace(q=picked.spread(new.q, jnp.zeros_like(entries.q)))
         out, cache = cache.look(asking, rule=rule, impl=impl, asks=picked.kept)
-        return picked.gather(out), self.replace(cache=cache)
+        return picked.gather(out), self.replace(cache=cache, entries=entries.following(out))
 
     def finished(self) -> LayerCache:
         """The cache with the entries appended, or waiting where they are a draft."""

@@ -4,6 +4,7 @@ from tokenlab.decode.autoregressive import Autoregressive
 from tokenlab.decode.base import Decoder, Generation
 from tokenlab.decode.beam import BeamSearch
 from tokenlab.decode.constraints import BannedStrings, Constraint, ForcedText
+from tokenlab.decode.depth_batched import DepthBatched
 from tokenlab.decode.feeds import Fed, Feed, ThoughtFeed, TokenFeed
 from tokenlab.decode.grammar import Grammar
 from tokenlab.decode.penalties import PresencePenalty, RepetitionPenalty
@@ -30,6 +31,7 @@ __all__ = [
     "Completion",
     "Constraint",
     "Decoder",
+    "DepthBatched",
     "Draw",
     "Fed",
     "Feed",

@@ -20,25 +20,27 @@ from tokenlab.core.errors import UserError
 from tokenlab.decode.base import Decoder, Generation, OnTokens, bucket, padded
 from tokenlab.decode.feeds import Feed, TokenFeed, entering
 from tokenlab.decode.passes import Spent, begin, ledger, logits_of, read
-from tokenlab.decode.processors import History, Processor
+from tokenlab.decode.processors import Processor
+from tokenlab.decode.rows import Rows, Rules
 from tokenlab.decode.samplers import Categorical, Sampler
 from tokenlab.models import Transformer, for_decoding
 
 Static = tuple[Transformer, "Autoregressive"]
 
 
-class _State(flax.struct.PyTreeNode):
-    """The while loop's carry: a row is a slot that holds one request."""
+class State(flax.struct.PyTreeNode):
+    """The while loop's carry: a row is a slot that holds one request.
+
+    Attributes:
+        cache: what was read.
+        logits: of each row's next token.
+        rows: what was written.
+        spent: the work.
+    """
 
     cache: Cache
     logits: Float[Array, "B V"]
-    history: History
-    done: Bool[Array, " B"]
-    processors: PyTree
-    feed: PyTree
-    logp_model: Float[Array, "B N"]
-    logp_behaviour: Float[Array, "B N"]
-    keys: RowKeys
+    rows: Rows
     spent: Spent
 
 
@@ -80,7 +82,7 @@ class Autoregressive(Decoder):
     ) -> Generation:
         """See :meth:`Decoder.__call__`; ``on_tokens`` comes every ``stream_every`` tokens."""
         self._check(view, prompts)
-        run = _Run(self, view, prompts, key)
+        run = self._run(view, prompts, key)
         while not run.finished:
             run.decode(self.stream_every if on_tokens is not None else self.max_new_tokens)
             if on_tokens is not None:
@@ -92,8 +94,17 @@ class Autoregressive(Decoder):
         """The same with another sampler."""
         return dataclasses.replace(self, sampler=self.sampler.behind(processors))
 
+    @property
+    def rules(self) -> Rules:
+        """How rows go on and when they end."""
+        return Rules(self.sampler, self.feed, self.end_ids, self.max_new_tokens)
 
-class _Run:
+    def _run(self, view: View, prompts: Sequence[Sequence[int]], key: PRNGKeyArray) -> Run:
+        """The host's side of a call."""
+        return Run(self, view, prompts, key)
+
+
+class Run:
     """The host's side of a call: which request each slot holds, and what is written so far."""
 
     def __init__(
@@ -109,15 +120,31 @@ class _Run:
         width = bucket(max(len(prompt) for prompt in prompts))
         self.sizes = (width, bucket(width + self.new))
         self.keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
-        slots = min(decoder.slots or len(prompts), len(prompts))
+        slots = min(self._slots(decoder), len(prompts))
         self.owners: list[int | None] = list(range(slots))
         self.waiting = list(range(slots, len(prompts)))
-        self.state = self._begin(self.owners)
+        self.state = self._begin_all(self.owners)
         self.written = Generation.empty(len(prompts), self.new)
-        caches = len(self.state.cache.heads)
+        caches = len(self.state.cache.pairs)
         self.pairs, self.held = np.zeros(caches), np.zeros(caches)
 
-    def _begin(self, requests: Sequence[int | None]) -> _State:
+    def _slots(self, decoder: Autoregressive) -> int:
+        """Rows in flight, if there are as many."""
+        return decoder.slots or len(self.prompts)
+
+    def _begin_all(self, requests: Sequence[int | None]) -> Any:
+        """The first rows."""
+        return self._begin(requests)
+
+    def _advance(self, steps: int) -> Any:
+        """The state up to ``steps`` tokens later."""
+        return _decode(self.static, self.params, self.state, steps, bool(self.waiting))
+
+    def _insert(self, slot: int, begun: State) -> Any:
+        """The state with another row in a slot."""
+        return _insert(self.state, jnp.asarray([slot]), begun)
+
+    def _begin(self, requests: Sequence[int | None]) -> State:
         """The state that holds ``requests``, ready to draw their first tokens."""
         rows = [cast(int, request) for request in requests]
         prompts = [self.prompts[row] for row in rows]
@@ -130,16 +157,17 @@ class _Run:
 
     @property
     def finished(self) -> bool:
+        """Whether no slot holds a request."""
         return all(owner is None for owner in self.owners)
 
     def decode(self, steps: int) -> None:
         """Up to ``steps`` tokens in every slot; fewer where one ends and a prompt waits."""
-        self.state = _decode(self.static, self.params, self.state, steps, bool(self.waiting))
+        self.state = self._advance(steps)
+        rows: Rows = self.state.rows
         tokens, lengths, logp_model, logp_behaviour = (
             np.asarray(x)
             for x in (
-                self.state.history.tokens, self.state.history.lengths,
-                self.state.logp_model, self.state.logp_behaviour,
+                rows.history.tokens, rows.history.lengths, rows.logp_model, rows.logp_behaviour,
             )
         )  # fmt: skip
         for slot, request in enumerate(self.owners):
@@ -158,18 +186,19 @@ class _Run:
         stop = on_tokens(self.written.tokens[:, :longest].copy(), self.written.lengths.copy())
         if stop is not None:
             mine = [request is not None and bool(stop[request]) for request in self.owners]
-            self.state = self.state.replace(done=self.state.done | jnp.asarray(mine))
+            rows = self.state.rows
+            self.state = self.state.replace(rows=rows.replace(done=rows.done | jnp.asarray(mine)))
 
     def refill(self) -> None:
         """Frees the slots whose rows have ended, and gives them to prompts that wait."""
-        done = np.asarray(self.state.done)
+        done = np.asarray(self.state.rows.done)
         ended = [s for s, owner in enumerate(self.owners) if owner is not None and done[s]]
         if not ended:
             return
         self.pairs += np.asarray(self.state.cache.pairs, np.float64)[:, ended].sum(axis=1)
         self.held += np.asarray(self.state.cache.held(), np.float64)[:, ended].sum(axis=1)
         requests = [cast(int, self.owners[slot]) for slot in ended]
-        feed = self.static[1].feed.statistics(self.state.feed)
+        feed = self.static[1].feed.statistics(self.state.rows.feed)
         for name, counted in (self.state.cache.counters() | feed).items():
             values = np.asarray(counted)
             shape = (len(self.prompts), *values.shape[1:])
@@ -178,8 +207,7 @@ class _Run:
         for slot in ended:
             self.owners[slot] = self.waiting.pop(0) if self.waiting else None
             if self.owners[slot] is not None:
-                other = self._begin([self.owners[slot]])
-                self.state = _insert(self.state, jnp.asarray([slot]), other)
+                self.state = self._insert(slot, self._begin([self.owners[slot]]))
 
     def generation(self) -> Generation:
         """What was written, and what it cost."""
@@ -195,34 +223,25 @@ def _prefill(
     tokens: Int[Array, "B W"],
     lengths: Int[Array, " B"],
     keys: RowKeys,
-) -> _State:
+) -> State:
     """Reads the prompts; the state is ready to draw the first token."""
     model, decoder = static
     begun = begin(
         model, params, decoder.cache, tokens, lengths, capacity=capacity,
         chunk=decoder.prefill_chunk,
     )  # fmt: skip
-    batch = len(tokens)
-    return _State(
-        **begun._asdict(),
-        done=jnp.zeros((batch,), bool),
-        processors=decoder.sampler.init(batch=batch),
-        feed=decoder.feed.init(batch=batch, vocabulary=model.vocab_size),
-        logp_model=jnp.zeros((batch, decoder.max_new_tokens)),
-        logp_behaviour=jnp.zeros((batch, decoder.max_new_tokens)),
-        keys=keys,
-    )
+    rows = Rows.begin(decoder.rules, begun.history, keys, vocabulary=model.vocab_size)
+    return State(begun.cache, begun.logits, rows, begun.spent)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _insert(state: _State, rows: Int[Array, " N"], other: _State) -> _State:
+def _insert(state: State, rows: Int[Array, " N"], other: State) -> State:
     """``other`` in the place of ``rows``."""
-    apart = {"cache": None, "spent": None}
-    merged = jax.tree.map(
-        lambda leaf, new: leaf.at[rows].set(new), state.replace(**apart), other.replace(**apart)
-    )
-    return merged.replace(
-        cache=state.cache.insert(rows, other.cache), spent=state.spent.plus(other.spent)
+    return State(
+        cache=state.cache.insert(rows, other.cache),
+        logits=state.logits.at[rows].set(other.logits),
+        rows=state.rows.put(rows, other.rows),
+        spent=state.spent.plus(other.spent),
     )
 
 
@@ -230,54 +249,33 @@ def _insert(state: _State, rows: Int[Array, " N"], other: _State) -> _State:
 def _decode(
     static: Static,
     params: PyTree,
-    state: _State,
+    state: State,
     steps: Int[Array, ""],
     wait: Bool[Array, ""],
-) -> _State:
+) -> State:
     """Draws ``steps`` tokens, or until every row has ended, or one where another waits."""
     model, decoder = static
 
-    def unfinished(carry: tuple[Array, _State]) -> Bool[Array, ""]:
-        done = carry[1].done
+    def unfinished(carry: tuple[Array, State]) -> Bool[Array, ""]:
+        done = carry[1].rows.done
         return (carry[0] < steps) & ~jnp.all(done) & ~(wait & jnp.any(done))
 
-    def step(carry: tuple[Array, _State]) -> tuple[Array, _State]:
+    def step(carry: tuple[Array, State]) -> tuple[Array, State]:
         count, state = carry
-        position = state.history.lengths
-        here = jax.vmap(jax.random.fold_in)(state.keys, position)
-        draw, processors = decoder.sampler(
-            state.logits, state.processors, history=state.history, keys=here
-        )
-        fed = decoder.feed(draw, state.logits, state.feed, history=state.history, keys=here)
-        draw = fed.draw
-        running = ~state.done & draw.possible
+        position = state.rows.history.lengths
+        rows, fed, running = state.rows.drawn(decoder.rules, state.logits)
         segments = running.astype(jnp.int32)[:, None]
         embeddings, mixed = entering(model, params, fed)
         out: Any = read(
-            model, params, state.cache, draw.token[:, None],
+            model, params, state.cache, fed.draw.token[:, None],
             positions=position[:, None], segments=segments, embeddings=embeddings,
         )  # fmt: skip
-        history = state.history.append(draw.token, running)
-        ended = jnp.isin(draw.token, jnp.asarray(decoder.end_ids, jnp.int32))
-        new = history.lengths - history.prompts
-        place = jnp.where(running, new - 1, decoder.max_new_tokens)
-        rows = jnp.arange(len(position))
-
-        def written(buffer: Array, values: Array) -> Array:
-            return buffer.at[rows, place].set(values, mode="drop")
-
-        return count + 1, state.replace(
+        spent = state.spent.after(out, segments, jnp.sum(running))
+        return count + 1, State(
             cache=out.cache,
             logits=logits_of(model, params, out.hidden)[:, 0],
-            history=history,
-            done=~running | ended | fed.stop | (new >= decoder.max_new_tokens),
-            processors=processors,
-            feed=fed.state,
-            logp_model=written(state.logp_model, draw.logp_model),
-            logp_behaviour=written(state.logp_behaviour, draw.logp_behaviour),
-            spent=state.spent.after(out, segments, jnp.sum(running)).mixing(
-                model, jnp.sum(running & mixed)
-            ),
+            rows=rows,
+            spent=spent.mixing(model, jnp.sum(running & mixed)),
         )
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]

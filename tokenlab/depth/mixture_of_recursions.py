@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import PyTree
 
-from tokenlab.core.arrays import Array, Bool, Hidden, Positions, Segments
+from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int, Positions, Segments
 from tokenlab.core.weighted import Weighted
 from tokenlab.depth.base import DepthProgram, DepthTrace
 from tokenlab.depth.loop_keys import LoopKeys
@@ -51,6 +53,40 @@ class MixtureOfRecursions(Recursive):
     def causal_twin(self) -> DepthProgram:
         """The same with the router's causal twin."""
         return self.clone(router=self.router.causal_twin())
+
+    @nn.nowrap
+    def enters(
+        self,
+        params: PyTree,
+        x: Float[Array, "B 1 D"],
+        *,
+        recursion: Int[Array, " B"],
+        active: Bool[Array, " B"],
+    ) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
+        """As its router says, which has to be causal."""
+        active, _ = super().enters(params, x, recursion=recursion, active=active)
+        assert self.router.causal, "a program of its causal twin"
+        routers = [params[f"router_{r}"] for r in range(self.recursions)]
+        own = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves)[jnp.minimum(recursion, self.recursions - 1)], *routers
+        )
+
+        def asked(mine: PyTree, x: Array, active: Array, share: Array) -> tuple[Array, Array]:
+            route = self.router.apply(
+                {"params": mine}, x[None], active=active[None, None], capacity=1,
+                limit=jnp.ones(1, jnp.int32), share=share,
+            )  # fmt: skip
+            return route.kept[0, 0], route.gate[0, 0]
+
+        left = self.recursions - recursion
+        share = left / jnp.minimum(left + 1, self.recursions)
+        return jax.vmap(asked)(own, x, active, share)
+
+    @nn.nowrap
+    def joined(self, x: Hidden, y: Hidden, *, gate: Float[Array, " B"]) -> Hidden:
+        """``x + gate * y``, in float32."""
+        added = gate[:, None, None] * y.astype(jnp.float32)
+        return (x.astype(jnp.float32) + added).astype(x.dtype)
 
     def _loop(
         self,

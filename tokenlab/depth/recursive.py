@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import PyTree
 
 from tokenlab.cache import Cache, Picked
-from tokenlab.core.arrays import Array, Bool, Float, Hidden, Positions, Prompt, Segments
+from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int, Positions, Prompt, Segments
 from tokenlab.core.errors import UserError
 from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
 from tokenlab.depth.loop_keys import KeySharing, LoopKeys
@@ -31,6 +32,20 @@ class Parts(NamedTuple):
     first: int
     loop: int
     last: int
+
+
+class LayerNames(NamedTuple):
+    """The names of ``SharedLayers``.
+
+    Attributes:
+        first: layers before the loop.
+        loop: layers of one recursion.
+        last: layers behind the loop.
+    """
+
+    first: list[str]
+    loop: list[str]
+    last: list[str]
 
 
 class SharedLayers(NamedTuple):
@@ -196,17 +211,31 @@ class Loop(DepthProgram):
         x, after = self._run(layers, x, given, positions=positions, segments=segments, train=train)
         return x, went, after
 
-    def _layers(self, block: Layers, num_layers: int) -> SharedLayers:
+    @nn.nowrap
+    def names(self, num_layers: int) -> LayerNames:
+        """The parameters of each layer, by their names in the model.
+
+        Raises:
+            UserError: the layers do not divide.
+        """
         parts = self._parts(num_layers)
+        return LayerNames(
+            _numbered("block_first", parts.first),
+            [f"block_{i}" for i in range(parts.loop)],
+            _numbered("block_last", parts.last),
+        )
+
+    def _layers(self, block: Layers, num_layers: int) -> SharedLayers:
         if len(block.kinds()) > 1:
             raise UserError(
                 f"{type(self).__name__} shares layers of one kind, not {len(block.kinds())}; "
                 "give the model one block"
             )
-        loop = [f"block_{i}" for i in range(parts.loop)]
-        names = (_numbered("block_first", parts.first), loop, _numbered("block_last", parts.last))
         return SharedLayers(
-            *([block.copy(parent=block.parent, name=n) for n in part] for part in names)
+            *(
+                [block.copy(parent=block.parent, name=name) for name in part]
+                for part in self.names(num_layers)
+            )
         )
 
     def _run(
@@ -283,6 +312,41 @@ class Recursive(Loop):
             )
         ends = 1 if self.sharing.startswith("middle") else 0
         return self._divided(num_layers, first=ends, last=ends, by=self.sharing)
+
+    @nn.nowrap
+    def apart(self) -> str | None:
+        """Why tokens of different recursions cannot be in one pass; None where they can."""
+        if self._in_sequence():
+            return f"recursions with sharing={self.sharing!r} run their layers in different orders"
+        if self.keys != "recursion_wise":
+            return f"recursions with keys={self.keys!r} read each other's keys"
+        return None
+
+    @nn.nowrap
+    def enters(
+        self,
+        params: PyTree,
+        x: Float[Array, "B 1 D"],
+        *,
+        recursion: Int[Array, " B"],
+        active: Bool[Array, " B"],
+    ) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
+        """Whether single tokens come to the recursion that is theirs next, and under what gate.
+
+        What decoders ask that do not run all recursions of a token in one pass.
+
+        Args:
+            params: of this program.
+            x: the stream, one token of each row.
+            recursion: of each token, from 0; none has more than ``recursions``.
+            active: rows that count.
+        """
+        return active & (recursion < self.recursions), jnp.ones(len(x))
+
+    @nn.nowrap
+    def joined(self, x: Hidden, y: Hidden, *, gate: Float[Array, " B"]) -> Hidden:
+        """The stream behind a recursion that made ``y`` of ``x``."""
+        return y
 
     @nn.nowrap
     def _in_sequence(self) -> bool:

@@ -184,10 +184,7 @@ class Transformer(nn.Module):
         """
         if self.is_initializing():
             self.head(self.embedding)
-        x = self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype)
-        if self.learned_positions:
-            x += jnp.take(self.position_embedding, positions, axis=0, mode="clip").astype(x.dtype)
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
+        x = self.entering(tokens, positions=positions, embeddings=embeddings)
         x, trace, cache = self.depth(
             x,
             self.block,
@@ -203,8 +200,17 @@ class Transformer(nn.Module):
             trace = dataclasses.replace(trace, streams=self.norm(trace.streams))
         return ModelOutput(hidden=self.norm(x), trace=trace, cache=cache)
 
+    def entering(
+        self, tokens: Tokens, *, positions: Positions, embeddings: Hidden | None = None
+    ) -> Hidden:
+        """What enters the stack; the arguments are those of the call."""
+        x = self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype)
+        if self.learned_positions:
+            x += jnp.take(self.position_embedding, positions, axis=0, mode="clip").astype(x.dtype)
+        return nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
+
     def embed(self, tokens: Tokens) -> Hidden:
-        """What enters the stack for each token."""
+        """The embedding of each token."""
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         return x * self.embedding_scale
 

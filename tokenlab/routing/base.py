@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kernels_pallas.token_routing import gather_tokens, in_use, scatter_add_tokens
-from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int
+from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int, Scalar
 from tokenlab.core.per_device import per_device
 from tokenlab.core.weighted import Weighted
 
@@ -110,7 +110,7 @@ class Router(nn.Module, abc.ABC):
         active: Bool[Array, "B T"],
         capacity: int,
         limit: Int[Array, " B"],
-        share: float,
+        share: float | Scalar,
     ) -> Route:
         """Picks among the active tokens.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kernels_pallas.token_routing import in_use
-from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int
+from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int, Scalar
 from tokenlab.core.weighted import Weighted
 from tokenlab.routing.base import Route, Router
 from tokenlab.routing.scores import LinearScores, Scores
@@ -29,7 +29,7 @@ class Asked(NamedTuple):
     active: Bool[Array, "B T"]
     capacity: int
     limit: Int[Array, " B"]
-    share: float
+    share: float | Scalar
 
 
 Kept = tuple[Bool[Array, "B T"], dict[str, Weighted]]
@@ -60,7 +60,7 @@ class ScoringRouter(Router):
         active: Bool[Array, "B T"],
         capacity: int,
         limit: Int[Array, " B"],
-        share: float,
+        share: float | Scalar,
     ) -> Route:
         """The choice under the gates; a causal one may be of the whole row."""
         scores = self._scored(x)
