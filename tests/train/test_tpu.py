@@ -51,3 +51,37 @@ def test_another_form_is_taken_where_it_is_asked_for(impl):
     }
     experiment = config.replace(experiment_of(EXPERIMENTS / "quickstart.py"), asked)
     assert not KERNEL.findall(lowered(experiment, MeshShape(data=4)).as_text())
+
+
+def mor_135m():
+    """``experiments/depth/mor.py`` with the geometry of a model of 135M parameters, unshared."""
+    return config.replace(
+        experiment_of(EXPERIMENTS / "depth/mor.py"),
+        {
+            "model.vocab_size": 49_152,
+            "model.dim": 576,
+            "model.num_layers": 32,
+            "model.block.mixer.num_heads": 9,
+            "model.block.mixer.num_kv_heads": 3,
+            "model.block.feedforward.hidden_dim": 1536,
+            "model.dtype": "bfloat16",
+            "model.max_length": 2048,
+            "model.depth.remat": "dots",
+            "data.length": 2048,
+            "batch_size": 16,
+        },
+    )
+
+
+@pytest.mark.slow
+def test_routing_at_135m_has_static_shapes_and_no_square_of_the_length():
+    compiled = lowered(mor_135m(), MeshShape(data=4)).compile()
+    text = compiled.as_text()
+    assert set(HLO_KERNEL.findall(text)) == ATTENTION | LOSS | ROUTING
+    shapes = re.findall(r"\b(?:pred|[suf]\d+|bf16)\[([\d,<=]+)\]", text)
+    assert not [shape for shape in shapes if "<=" in shape]
+    # Whatever the routers keep: 2048, 1365 and 682 tokens, or the kernels' padded counts of them.
+    lengths = {str(n) for n in (2048, 1365, 682)}
+    squares = [s for s in set(shapes) if sum(dim in lengths for dim in s.split(",")) > 1]
+    assert squares == []
+    assert compiled.memory_analysis().temp_size_in_bytes < 12 * 2**30

@@ -27,8 +27,9 @@ class MixtureOfRecursions(Recursive):
 
     Decoders run the causal twin. A token is appended to the caches of the recursions that it
     enters, so those have holes; with ``"hybrid"`` every recursion keeps all of ``I_1``, under the
-    keys that it would read. A step computes all recursions of all rows and throws away what was
-    not entered; the ledger counts what was.
+    keys that it would read. A step of most decoders computes all recursions of all rows and throws
+    away what was not entered; one of ``decode.DepthBatched`` computes what is entered. The ledger
+    counts that.
 
     ``trace.aux`` has each router's auxiliary losses, one entry per recursion; add them with
     ``AuxiliaryTerm(name="membership", coefficient=1e-3)``.
