@@ -230,7 +230,6 @@ def sixteen_plans():
 
 @pytest.mark.parametrize("bottleneck", [0, 2])
 def test_a_constant_plan_costs_the_entropy_and_a_narrow_one_need_not(bottleneck):
-    """A stack that normalises what it reads sees a capsule's direction: of one number a sign."""
     model, batch = capsule(bottleneck=bottleneck), sixteen_plans()
     entropy = np.log(16)
     optimizer = optax.adam(5e-3)
