@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from switching import PlainSwitching
 
 import tokenlab.decode
 from tokenlab import config
@@ -18,6 +19,9 @@ from tokenlab.decode import (
     Categorical,
     Feed,
     Greedy,
+    SwitchCap,
+    SwitchingFeed,
+    SwitchSignals,
     ThoughtFeed,
     TokenFeed,
 )
@@ -25,7 +29,7 @@ from tokenlab.decode.autoregressive import _decode, _prefill
 from tokenlab.models import llama
 from tokenlab.models.mixtures import DirichletDraw, MeanOfSamples
 
-VOCABULARY, NEW, SCALE = 23, 6, 3.0
+VOCABULARY, NEW, SCALE = 23, 8, 3.0
 PROMPTS = [[1, 4, 9, 2, 7], [3], [5, 5, 6, 1, 8, 2, 2, 9, 11]]
 KEY = jax.random.key(7)
 TABLE = {
@@ -35,7 +39,17 @@ TABLE = {
         ThoughtFeed(count=4, mixture=MeanOfSamples(count=3), record=True),
         ThoughtFeed(count=2, mixture=DirichletDraw(), record=True),
     ),
-}
+    SwitchingFeed: (
+        SwitchingFeed(
+            think=1, close=2, dwell=1, record=NEW,
+            signals=SwitchSignals(to_latent=0.5, horizon=12, newline=4),
+        ),
+        SwitchingFeed(
+            think=1, close=2, literal=(5, 6), dwell=2, signals=None, record=NEW,
+            cap=SwitchCap(most=1, answer=(7,), budget=3, locks=True),
+        ),
+    ),
+}  # fmt: skip
 PARTS = [part for parts in TABLE.values() for part in parts]
 every = pytest.mark.parametrize("feed", PARTS, ids=str)
 
@@ -98,13 +112,19 @@ def test_equals_the_naive_loop(feed):
     for row, prompt in enumerate(PROMPTS):
         read = [table[token] for token in prompt]
         own = jax.random.fold_in(KEY, row)
-        for number in range(NEW):
+        switching = PlainSwitching(feed) if isinstance(feed, SwitchingFeed) else None
+        for number in range(generation.lengths[row]):
             padded = np.zeros((1, 32, 8), np.float32)
             padded[0, : len(read)] = read
             logits = last_logits(model, params, jnp.asarray(padded), len(read))
-            token = int(np.argmax(logits))
+            token, shares, stop = int(np.argmax(logits)), None, False
+            if switching is not None:
+                token, shares, stop = switching.step(number, token, np.asarray(logits))
+                assert stop == (number == generation.lengths[row] - 1 and number < NEW - 1)
             assert generation.tokens[row, number] == token
-            if number < thoughts:
+            if shares is not None:
+                read.append(shares @ table)
+            elif number < thoughts:
                 here = jax.random.fold_in(own, len(prompt) + number)
                 mixture = feed.mixture(logits=logits[None], keys=here[None])[0]
                 found = generation.statistics["thoughts"][row, number]
@@ -115,6 +135,12 @@ def test_equals_the_naive_loop(feed):
                 assert entropy == pytest.approx(-(p * np.log(p)).sum(), rel=1e-3, abs=1e-4)
             else:
                 read.append(table[token])
+        if switching is not None:
+            count, statistics = generation.lengths[row], generation.statistics
+            assert statistics["explicit"][row, :count].tolist() == switching.modes
+            found = statistics["entropy"][row, :count]
+            np.testing.assert_allclose(found, switching.entropies, rtol=1e-3, atol=1e-4)
+            assert statistics["switches"][row] == switching.turns
 
 
 @every

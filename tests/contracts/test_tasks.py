@@ -17,6 +17,7 @@ from tokenlab.data.tasks.minimum_sum import MinimumNonNegativeSum
 from tokenlab.data.tasks.pointer_chase import PointerChase
 from tokenlab.data.tasks.role_grammar import RoleGrammar
 from tokenlab.data.tasks.slot_text import SlotText
+from tokenlab.data.tasks.word_arithmetic import WordArithmetic
 
 TABLE = {
     PointerChase: ({"max_hops": 4}, {"values": 40}, {"unary": 9}),
@@ -26,6 +27,10 @@ TABLE = {
     MinimumNonNegativeSum: ({"traces": 3, "low": 0}, {"digits": 5, "part": "held_out"}),
     RoleGrammar: ({"words": 40, "ambiguity": 0.5}, {"zipf": 1.2, "switched": True}),
     SlotText: ({"slots": 6, "words": 1},),
+    WordArithmetic: (
+        {"plan": "written", "modulus": 23, "least": 1},
+        {"plan": "apart", "checks": 0.4, "cut": 0.3, "openings": 3},
+    ),
 }
 MEMBERS = [
     pytest.param(member(**fields), id=f"{member.__name__}-{i}")
@@ -56,6 +61,9 @@ def test_samples_have_the_promised_types_and_shapes(task):
         if name in ("distribution", "mixture"):
             assert values is None or values.shape == (*size, task.tokenizer.vocab_size), name
             assert values is None or values.dtype == np.float32, name
+            continue
+        if name == "plan":
+            assert values is None or (len(values) == 5 and values.dtype == np.int32)
             continue
         assert values.shape == size, name
         assert values.dtype == (np.float32 if name == "weights" else np.int32), name

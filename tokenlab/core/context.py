@@ -134,7 +134,7 @@ class Context:
             options["embeddings"] = self._views[view](
                 batch["tokens"], mixture=mixture, method="mix"
             )
-        options |= {name: batch[name] for name in ("prompt",) if name in batch}
+        options |= {name: batch[name] for name in ("prompt", "plan") if name in batch}
         rngs = {} if key is None else {name: stream(key, name) for name in ("dropout", "routes")}
         return self._views[view](
             batch["tokens"],

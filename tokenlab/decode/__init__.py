@@ -21,6 +21,7 @@ from tokenlab.decode.processors import (
 from tokenlab.decode.samplers import Categorical, Draw, Greedy, Sampler, usual_sampler
 from tokenlab.decode.scoring import Scored, score_continuation
 from tokenlab.decode.step_entropy import ReSET, StepEnds, StepEntropy
+from tokenlab.decode.switching import SwitchCap, SwitchingFeed, SwitchSignals
 from tokenlab.decode.text import Completion, Samples, complete
 
 __all__ = [
@@ -51,6 +52,9 @@ __all__ = [
     "Scored",
     "StepEnds",
     "StepEntropy",
+    "SwitchCap",
+    "SwitchSignals",
+    "SwitchingFeed",
     "Temperature",
     "ThoughtFeed",
     "TokenFeed",

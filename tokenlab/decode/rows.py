@@ -83,12 +83,15 @@ class Rows(flax.struct.PyTreeNode):
         def written(buffer: Array, values: Array) -> Array:
             return buffer.at[rows, place].set(values, mode="drop")
 
+        def where_running(new: Array, old: Array) -> Array:
+            return jnp.where(running.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
         ended = jnp.isin(draw.token, jnp.asarray(rules.end_ids, jnp.int32))
         after = Rows(
             history=history,
             done=~running | ended | fed.stop | (new >= rules.max_new_tokens),
             processors=processors,
-            feed=fed.state,
+            feed=jax.tree.map(where_running, fed.state, self.feed),
             logp_model=written(self.logp_model, draw.logp_model),
             logp_behaviour=written(self.logp_behaviour, draw.logp_behaviour),
             keys=self.keys,

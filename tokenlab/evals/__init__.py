@@ -4,6 +4,7 @@ from tokenlab.evals.base import Evaluation
 from tokenlab.evals.continuation import Continuation
 from tokenlab.evals.depth import DepthAllocation, Fit, depth_fit
 from tokenlab.evals.objective import ObjectiveValue
+from tokenlab.evals.plans import PlanReadBack, probed
 from tokenlab.evals.references import ByteNgram, Compressor, witten_bell
 from tokenlab.evals.roles import RoleAccuracy, class_probe
 from tokenlab.evals.task import TaskAccuracy
@@ -18,10 +19,12 @@ __all__ = [
     "Fit",
     "HeldOutText",
     "ObjectiveValue",
+    "PlanReadBack",
     "RoleAccuracy",
     "TaskAccuracy",
     "class_probe",
     "depth_fit",
+    "probed",
     "row_logp",
     "windows",
     "witten_bell",

@@ -27,7 +27,8 @@ class TaskAccuracy(Evaluation):
 
     The model goes on from each prompt, by its likeliest tokens unless told otherwise, as many as
     the longest answer has; the task's own checker reads the completion. Beside ``accuracy`` and its
-    binomial ``standard_error`` there is one figure for each difficulty that occurs.
+    binomial ``standard_error`` there is one figure for each difficulty that occurs, and ``tokens``,
+    the mean length of what was written.
 
     Attributes:
         task: makes and checks the problems.
@@ -36,6 +37,7 @@ class TaskAccuracy(Evaluation):
         seed: of the problems, and of what is drawn.
         decoder: how it goes on; its bound and its end are those of the task.
         thoughts: tokens before the answer, which are not read.
+        room: further tokens that may be written, for tasks that find the answer in what they read.
         attempts: completions of each problem, one of which has to be right; more than one only
             helps a decoder that draws.
     """
@@ -46,12 +48,14 @@ class TaskAccuracy(Evaluation):
     seed: int = 0
     decoder: Decoder = Autoregressive(sampler=Greedy())
     thoughts: int = 0
+    room: int = 0
     attempts: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.problems, self.batch_size, self.attempts) < 1 or self.thoughts < 0:
+        counts = (self.problems, self.batch_size, self.attempts)
+        if min(counts) < 1 or min(self.thoughts, self.room) < 0:
             raise ValueError(
-                "problems, batch_size and attempts must be 1 or more, thoughts 0 or more"
+                "problems, batch_size and attempts must be 1 or more, thoughts and room 0 or more"
             )
 
     def __call__(
@@ -66,13 +70,16 @@ class TaskAccuracy(Evaluation):
             raise UserError(f"the tokenizer is not the alphabet of {self.task}; use its tokenizer")
         right: dict[int, list[bool]] = collections.defaultdict(list)
         view = View(model=model, params=params)
-        for difficulty, is_right in self._results(view, tokenizer.eos_id):
+        lengths = []
+        for difficulty, is_right, length in self._results(view, tokenizer.eos_id):
             right[difficulty].append(is_right)
+            lengths.append(length)
         accuracy = float(np.mean([one for group in right.values() for one in group]))
         figures = {
             "accuracy": accuracy,
             "standard_error": float(np.sqrt(accuracy * (1 - accuracy) / self.problems)),
             "problems": self.problems,
+            "tokens": float(np.mean(lengths)),
         }
         by_difficulty = {
             f"accuracy_at_{difficulty}": float(np.mean(right[difficulty]))
@@ -80,12 +87,14 @@ class TaskAccuracy(Evaluation):
         }
         return figures | by_difficulty
 
-    def _results(self, view: View, end_id: int) -> list[tuple[int, bool]]:
-        """Difficulty of each problem, and whether it was answered."""
+    def _results(self, view: View, end_id: int) -> list[tuple[int, bool, float]]:
+        """Difficulty of each problem, whether it was answered, and in how many tokens."""
         problems = self.task.problems(seed=(_STREAM, self.seed), count=self.problems)
         decoder = dataclasses.replace(
             self.decoder,
-            max_new_tokens=self.thoughts + max(len(problem.answer) for problem in problems),
+            max_new_tokens=self.thoughts
+            + self.room
+            + max(len(problem.answer) for problem in problems),
             end_ids=(end_id,),
         )
         results = []
@@ -93,10 +102,11 @@ class TaskAccuracy(Evaluation):
             batch = problems[start : start + self.batch_size]
             # The last batch repeats its first prompt, so that all have one shape.
             filled = batch + batch[:1] * (min(self.batch_size, self.problems) - len(batch))
-            right = np.zeros(len(batch), bool)
+            right, lengths = np.zeros(len(batch), bool), np.zeros(len(batch))
             for attempt in range(self.attempts):
                 key = stream(self.seed, "attempt", start, attempt)
                 written = decoder(view, [p.prompt for p in filled], key=key)
+                lengths += written.lengths[: len(batch)] / self.attempts
                 answers = [
                     tokens[self.thoughts : length].tolist()
                     for tokens, length in zip(written.tokens, written.lengths, strict=True)
@@ -106,5 +116,5 @@ class TaskAccuracy(Evaluation):
                     for problem, answer in zip(batch, answers, strict=False)
                 ]
             difficulties = [problem.difficulty for problem in batch]
-            results += zip(difficulties, right.tolist(), strict=True)
+            results += zip(difficulties, right.tolist(), lengths.tolist(), strict=True)
         return results

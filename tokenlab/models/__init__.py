@@ -1,6 +1,7 @@
 """Pure Linen models and their parts."""
 
 from tokenlab.models.attention import Attention, Mixer
+from tokenlab.models.capsule import CapsuleTransformer
 from tokenlab.models.expert_schedules import (
     AscendingExperts,
     DescendingExperts,
@@ -56,6 +57,7 @@ __all__ = [
     "Attention",
     "Block",
     "BlockPattern",
+    "CapsuleTransformer",
     "DescendingExperts",
     "ExpertSchedule",
     "FeedForward",

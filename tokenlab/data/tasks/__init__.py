@@ -10,6 +10,7 @@ from tokenlab.data.tasks.pointer_chase import PointerChase
 from tokenlab.data.tasks.role_grammar import RoleGrammar
 from tokenlab.data.tasks.slot_text import SlotText
 from tokenlab.data.tasks.source import TaskSource
+from tokenlab.data.tasks.word_arithmetic import WordArithmetic
 
 __all__ = [
     "Addition",
@@ -24,4 +25,5 @@ __all__ = [
     "Task",
     "TaskBatch",
     "TaskSource",
+    "WordArithmetic",
 ]

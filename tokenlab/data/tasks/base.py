@@ -30,6 +30,8 @@ class TaskBatch(NamedTuple):
             positions of weight 1, and zero elsewhere. None where targets say all.
         mixture: float32; the shares of tokens that are read in place of one, and zero where the
             token itself is read. None where no position reads a mixture.
+        plan: int32; ids of a plan that stands apart from its row, between two marks, 0 behind them.
+            None where there is no such plan.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -40,6 +42,7 @@ class TaskBatch(NamedTuple):
     difficulty: Int[np.ndarray, "B T"]
     distribution: Float[np.ndarray, "B T V"] | None = None
     mixture: Float[np.ndarray, "B T V"] | None = None
+    plan: Int[np.ndarray, "B P"] | None = None
 
 
 class Problem(NamedTuple):

@@ -25,9 +25,10 @@ class TaskSource(Source):
     """Rows made as they are needed, from the seed, the split and the number of the row.
 
     The order of the rows is the same for every batch size and number of processes. Beside the
-    arrays of every source a batch has ``difficulty``, int32 [B, T], and ``distribution`` and
-    ``mixture``, float32 [B, T, V], of tasks that have them; ``documents`` is the number of the row.
-    The two splits never share a seed, but two rows of a small task may be alike by chance.
+    arrays of every source a batch has ``difficulty``, int32 [B, T], and of tasks that have them
+    ``distribution`` and ``mixture``, float32 [B, T, V], and ``plan``, int32 [B, P]; ``documents``
+    is the number of the row. The two splits never share a seed, but two rows of a small task may be
+    alike by chance.
 
     Attributes:
         task: makes and checks the problems.
