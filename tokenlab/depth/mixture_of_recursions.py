@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ class MixtureOfRecursions(Recursive):
         )
 
         def asked(mine: PyTree, x: Array, active: Array, share: Array) -> tuple[Array, Array]:
-            route = self.router.apply(
+            route: Any = self.router.apply(
                 {"params": mine}, x[None], active=active[None, None], capacity=1,
                 limit=jnp.ones(1, jnp.int32), share=share,
             )  # fmt: skip
