@@ -116,7 +116,7 @@ def _nats(
     reference: Int[Array, " U"] | None,
     *,
     chunk: int,
-) -> Float[Array, "P B T"]:
+) -> Float[Array, "P B S"]:
     shape = rows["tokens"].shape
 
     def of(pattern: Array) -> Array:

@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from tokenlab.core.arrays import Scalar
 from tokenlab.core.context import Context
 from tokenlab.core.errors import UserError
 from tokenlab.core.weighted import Weighted
@@ -39,7 +40,7 @@ class BudgetPenalty(Summand):
     view: str = "policy"
 
     def __call__(self, context: Context) -> Weighted:
-        """The penalty, weighed by the tokens of all units.
+        """The penalty of a forward pass.
 
         Raises:
             UserError: the model has no units that may be left out.
@@ -49,14 +50,21 @@ class BudgetPenalty(Summand):
             raise UserError(
                 f"the model reports no {self.name!r}; give its units stand-ins (with_stand_ins)"
             )
-        share, tokens = mean_share(aux[self.name]), jnp.sum(aux[self.name].weight)
-        away = share - self.budget
+        return self.of(aux[self.name])
+
+    def of(self, executed: Weighted) -> Weighted:
+        """The penalty, weighed by the tokens of all units.
+
+        Args:
+            executed: of each unit, the tokens that it runs on, over all its tokens.
+        """
+        away = mean_share(executed) - self.budget
         penalty = jnp.abs(away) if self.distance == "absolute" else away**2
-        tokens = jax.lax.stop_gradient(tokens)
+        tokens = jax.lax.stop_gradient(jnp.sum(executed.weight))
         return Weighted(total=tokens * penalty, weight=tokens)
 
 
-def mean_share(executed: Weighted) -> jax.Array:
+def mean_share(executed: Weighted) -> Scalar:
     """The mean over all units and tokens of what units report, 0 where there are no tokens."""
     weight = jnp.sum(executed.weight)
     return jnp.sum(executed.total) / jnp.where(weight > 0, weight, 1.0)

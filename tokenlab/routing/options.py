@@ -156,7 +156,7 @@ class RandomOption(OptionRouter):
         if train:
             shape = valid.shape if self.granularity == "token" else (valid.shape[0], 1)
             drawn = jax.random.uniform(self.make_rng("routes"), shape)
-        elif self.granularity == "row":
+        elif self.granularity == "row" and not self.is_initializing():
             raise UserError(
                 "rows share a draw in training only; evaluate with granularity='token', with "
                 "FixedOption, or with given options"
