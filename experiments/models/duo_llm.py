@@ -154,7 +154,7 @@ def measured(seed: int) -> tuple[dict[Route, dict[str, float]], dict[Route, floa
     """Figures of each route, and how many big layers it runs."""
     base, _ = trained(configs.replace(config(), {"seed": seed}))
     run = router_run()
-    params = with_base(dataclasses.replace(run.trainer, seed=seed).init().params, base.params)
+    params = with_base(run.experiment.model, base.params, key=jax.random.key(seed))
     params = continued(run, params, iter(rows("train", batch_size=16, seed=seed + 1000)))
     view = View(model=run.experiment.model, params=params)
     batch = next(iter(rows("held_out", batch_size=HELD_OUT, seed=seed)))

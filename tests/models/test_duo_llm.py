@@ -85,7 +85,7 @@ def test_all_big_is_the_plain_model_bit_for_bit_and_so_is_a_chance_of_one():
     expected, _ = logits_of(plain, params, batch)
     for router in (FixedOption(), RandomOption(chances=(1.0, 0.0))):
         model = duo(router)
-        found, _ = logits_of(model, with_base(params_of(model), params), batch)
+        found, _ = logits_of(model, with_base(model, params, key=jax.random.key(1)), batch)
         np.testing.assert_array_equal(np.asarray(found)[REAL], np.asarray(expected)[REAL])
 
 
@@ -193,6 +193,7 @@ def test_random_routes_are_seeded_and_independent_of_place():
     first, again, other = (options(jax.random.key(seed), True) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.mean(first != other) > 0.3
+    np.testing.assert_array_equal(options(jax.random.key(0), False), first)
     for one in (first, options(None, False)):  # 360 draws: a standard error of 0.026
         assert abs(one.mean() - 0.5) < 0.1
         assert all(np.mean(one[i] != one[j]) > 0.3 for i, j in ((0, 1), (1, 2)))
@@ -200,7 +201,7 @@ def test_random_routes_are_seeded_and_independent_of_place():
     view = View(model=rows, params=params_of(rows))
     shared = options(jax.random.key(0), True)
     assert np.all(shared == shared[:, :, :1]) and 0 < shared.mean() < 1
-    with pytest.raises(UserError, match="rows share a draw in training only"):
+    with pytest.raises(UserError, match="rows can share a draw of the stream"):
         options(None, False)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import PyTree
 
-from tokenlab.core.arrays import Array, Int
+from tokenlab.core.arrays import Array, Int, PRNGKeyArray
 from tokenlab.core.errors import UserError
 from tokenlab.core.parameters import carried
 from tokenlab.depth import Sequential
@@ -80,15 +83,24 @@ def unrouted(kind: Block):
     )
 
 
-def with_base(params: PyTree, base: PyTree) -> PyTree:
-    """Parameters of a model of :func:`with_stand_ins` with all that ``base`` has.
+def with_base(model: Transformer, base: PyTree, *, key: PRNGKeyArray) -> PyTree:
+    """Parameters of a model of :func:`with_stand_ins`: copies of ``base``, and what that lacks.
 
     Args:
-        params: first parameters.
+        model: the model.
         base: those of the model it was made of, or those that another stage has left, of which
             stand-ins and routers are taken as well.
+        key: draws the parameters that ``base`` has not.
     """
-    return carried(carried(params, base, within=("/unit/",)), base, within=())
+    tokens = jnp.zeros((1, 8), jnp.int32)
+
+    @jax.jit  # so that nothing is drawn that is thrown away
+    def taken(base: PyTree) -> PyTree:
+        where = {"positions": tokens, "segments": tokens + 1}
+        first = nn.meta.unbox(model.init(key, tokens, **where)["params"])
+        return carried(carried(first, base, within=("/unit/",)), base, within=())
+
+    return taken(base)
 
 
 def units(model: Transformer) -> tuple[Unit, ...]:

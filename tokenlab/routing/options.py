@@ -68,7 +68,7 @@ class OptionRouter(nn.Module, abc.ABC):
             forecast: what the first stand-in makes of it, or None where that is nothing.
             options: how many there are to choose among.
             valid: tokens that are not padding.
-            train: whether options may be mixed, or drawn (stream ``routes``).
+            train: whether options may be mixed, or drawn by their scores (stream ``routes``).
 
         Raises:
             UserError: the router is made for other options.
@@ -115,9 +115,10 @@ class FixedOption(OptionRouter):
 class RandomOption(OptionRouter):
     """Any option, by chance, for each token or each row of each layer by itself.
 
-    In training, draws come from the stream ``routes``; outside it, from a hash of the bits of the
-    token's stream and the layer's name, so that the same input gives the same route; passes that
-    round otherwise then choose otherwise.
+    Draws come from the stream ``routes``. Where the caller gives none, as in decoding, they are a
+    hash of the bits of the token's stream and the layer's name, so that the same input gives the
+    same route: in the first layer a token then has the same option wherever it stands, and passes
+    that round otherwise choose otherwise.
 
     Reference: the first stage of Alizadeh et al., "Duo-LLM: A Framework for Studying Adaptive
     Computation in Large Language Models", 2024, arXiv:2410.10846.
@@ -126,7 +127,7 @@ class RandomOption(OptionRouter):
 
     Attributes:
         chances: of each option, with sum 1.
-        granularity: what shares a draw; whole rows do in training only.
+        granularity: what shares a draw; for whole rows the stream ``routes`` is needed.
     """
 
     chances: tuple[float, ...] = (0.5, 0.5)
@@ -149,17 +150,17 @@ class RandomOption(OptionRouter):
         """Independent draws.
 
         Raises:
-            UserError: a row is to share a draw outside training, where it is read token by token.
+            UserError: a row is to share a draw where there is no stream to draw it from.
         """
         if len(self.chances) != options:
             raise UserError(f"router.chances has {len(self.chances)} for {options} options")
-        if train:
+        if train or self.has_rng("routes"):
             shape = valid.shape if self.granularity == "token" else (valid.shape[0], 1)
             drawn = jax.random.uniform(self.make_rng("routes"), shape)
         elif self.granularity == "row" and not self.is_initializing():
             raise UserError(
-                "rows share a draw in training only; evaluate with granularity='token', with "
-                "FixedOption, or with given options"
+                "rows can share a draw of the stream 'routes' only; give the context a key, or use "
+                "granularity='token', FixedOption, or given options"
             )
         else:
             drawn = draws(x, salt=zlib.crc32("/".join(self.path).encode()))
