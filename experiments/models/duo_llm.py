@@ -197,12 +197,17 @@ def measured(seed: int) -> tuple[dict[Route, dict[str, float]], dict[Route, floa
     figures["oracle"] |= {
         f"duo/big_in_layer_{i}": float(np.mean(best[..., i] == 0)) for i in range(LAYERS)
     }
-    figures["oracle"] |= {
-        f"duo/nats_of_{k}": float(value.mean()) for k, value in best_by_budget(nats, big).items()
-    }
+    whole = pattern_nats(view, batch, patterns).mean(axis=2)  # one pattern for a row
+    for k, value in best_by_budget(nats, big).items():
+        trials = random_routes(nats[big == k], trials=100, rng=rng)
+        figures["oracle"][f"duo/nats_of_{k}"] = float(value.mean())
+        figures["oracle"][f"duo/nats_of_rows_of_{k}"] = float(whole[big == k].min(axis=0).mean())
+        figures["random"][f"duo/nats_of_{k}"] = float(trials.mean())
+        figures["best of 100"][f"duo/nats_of_{k}"] = float(trials.min())
     figures["all small"] |= {
         "duo/hard_not_helped": float(np.mean(delta[hard] < 0.1)),
         "duo/difficulty": float(delta.mean()),
+        "duo/difficulty_with_nats": float(np.corrcoef(delta.ravel(), nats[-1].ravel())[0, 1]),
     }
     mean_big = float(budgets.mean())
     spent: dict[Route, float] = dict.fromkeys(means, mean_big)

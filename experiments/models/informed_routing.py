@@ -49,8 +49,8 @@ from tokenlab.train.optimizer import SGD, AdamW, Constant, Cosine, Group, Warmup
 from tokenlab.train.run import Run
 
 TEXT = PackedText(corpus=TfdsCorpus(name="english_prose"), length=64)
-LAYERS, STEPS, STAGE_STEPS, RANK = 6, 1200, 200, 16
-FITTED, HELD_OUT = 256, 64  # rows
+LAYERS, STEPS, STAGE_STEPS, RANK = 6, 1000, 150, 16
+FITTED, HELD_OUT = 256, 48  # rows
 NEXT_TOKEN = Term(loss=NextToken())
 HOT, COOL = 5.0, 1.0  # temperatures
 Kind = Literal["random skip", "greedy skip", "random forecast", "informed"]

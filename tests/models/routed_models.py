@@ -8,9 +8,13 @@ import numpy as np
 
 from tests.depth.looped import VOCABULARY, params_of, ragged
 from tokenlab.core.context import View
-from tokenlab.models import LinearHead, SwiGLU, llama, with_stand_ins
+from tokenlab.models import Forecaster, LinearHead, SwiGLU, llama, with_stand_ins
+from tokenlab.routing import LearnedOption, NarrowScores
 
-__all__ = ["VOCABULARY", "base", "duo", "logits_of", "params_of", "passes", "ragged", "targets"]
+__all__ = ["VOCABULARY", "params_of", "ragged"]
+LAYERS, RANK = 2, 3  # of models with forecasters
+SEES = LearnedOption(head=NarrowScores(divisor=2), mixing="drawn", with_forecast=True)
+KEY = jax.random.key(0)
 
 
 def base(layers=3, **rest):
@@ -25,6 +29,14 @@ def duo(router=None, layers=3, small=4, *, skip=False, **rest):
     """Big and small feed-forward layers, or none at all."""
     stand_ins = (SwiGLU(hidden_dim=small), *((None,) if skip else ()))
     return with_stand_ins(base(layers), feedforward=stand_ins, router=router, **rest)
+
+
+def informed(router=SEES, *, forecast=True, rank=RANK, layers=LAYERS, **rest):
+    """Attention and feed-forward layers with forecasters, or with nothing."""
+    stand_in = Forecaster(rank=rank) if forecast else None
+    return with_stand_ins(
+        base(layers), mixer=(stand_in,), feedforward=(stand_in,), router=router, **rest
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -60,3 +72,15 @@ def targets(batch, seed=1):
         "targets": jnp.asarray(drawn, jnp.int32),
         "weights": (segments > 0).astype(jnp.float32),
     }  # fmt: skip
+
+
+def whole_rows(rows):
+    """Rows of one document each, without padding."""
+    tokens = jnp.asarray(rows, jnp.int32)
+    return tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), tokens * 0 + 1
+
+
+def errors(model, params, rows):
+    """What units report of their forecasters, and how many ran."""
+    _, out = logits_of(model, params, whole_rows(rows))
+    return {name: np.asarray(each.total / each.weight) for name, each in out.trace.aux.items()}

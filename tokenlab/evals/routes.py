@@ -145,7 +145,7 @@ def _beside(model: Transformer) -> Transformer:
 
 
 def best_by_budget(
-    nats: Float[np.ndarray, P * N], units: Int[np.ndarray, " P"], *, at_most: bool = False
+    nats: Float[np.ndarray, " P *N"], units: Int[np.ndarray, " P"], *, at_most: bool = False
 ) -> dict[int, Float[np.ndarray, "*N"]]:
     """Of the patterns of each budget, what the best one costs each token or row: the oracle.
 
@@ -163,7 +163,7 @@ def best_by_budget(
 
 
 def difficulty(
-    nats: Float[np.ndarray, P * N], cheapest: Float[np.ndarray, "*N"]
+    nats: Float[np.ndarray, " P *N"], cheapest: Float[np.ndarray, "*N"]
 ) -> Float[np.ndarray, "*N"]:
     """How much computing helps a token: nats of the cheapest pattern, less those of the best.
 
@@ -179,8 +179,8 @@ def difficulty(
 
 
 def random_routes(
-    nats: Float[np.ndarray, P * N], *, trials: int, rng: np.random.Generator
-) -> Float[np.ndarray, S]:
+    nats: Float[np.ndarray, " P *N"], *, trials: int, rng: np.random.Generator
+) -> Float[np.ndarray, " S"]:
     """Mean nats of ``trials`` routes that give each token one of the patterns by chance.
 
     Args:

@@ -57,7 +57,11 @@ def reduced_rank(
 
 
 def fit_forecasters(
-    model: Transformer, params: PyTree, rows: Int[Array, "N T"], *, batch_size: int = 4
+    model: Transformer,
+    params: PyTree,
+    rows: Int[Array, "N T"] | Int[np.ndarray, "N T"],
+    *,
+    batch_size: int = 4,
 ) -> PyTree:
     """``params`` with forecasters that are the best of their rank on the inputs of the whole model.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -117,8 +116,8 @@ def units(model: Transformer) -> tuple[Unit, ...]:
 
 
 def given_options(
-    model: Transformer, options: Int[Array, U] | Int[Array, "U B T"]
-) -> Mapping[str, PyTree]:
+    model: Transformer, options: Int[Array, " U"] | Int[Array, "U B T"]
+) -> dict[str, PyTree]:
     """What fixes the option of each unit, for ``View(given=...)``; routers are not asked then.
 
     Args:

@@ -204,7 +204,9 @@ class RoutedMixer(Mixer):
         x: Hidden,
         runs: Bool[Array, "B T"],
         cache: LayerCache | None,
-        **where: Array,
+        *,
+        positions: Positions,
+        segments: Segments,
     ) -> tuple[Hidden, LayerCache | None]:
         """Attention of the tokens of ``runs`` alone, 0 elsewhere, over keys of all."""
 
@@ -212,7 +214,8 @@ class RoutedMixer(Mixer):
             gates = jnp.ones(runs.shape, jnp.float32)
             picked = Picked(Route.of(runs, gates, capacity=count, aux={}).index, runs)
             keys = SharedKeys(cache=cache, asks=picked)
-            out, after = unit(x, cache=keys, **where)
+            out, after = unit(x, positions=positions, segments=segments, cache=keys)
+            assert isinstance(after, SharedKeys)
             kept = None if cache is None else after.finished()
             return picked.spread(out, jnp.zeros_like(x)), kept
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 import zlib
 from typing import Literal
@@ -39,7 +40,9 @@ class OptionChoice:
     aux: dict[str, Weighted] = flax.struct.field(default_factory=dict)
 
     @classmethod
-    def of(cls, option: Int[Array, "B T"], *, options: int, valid: Bool[Array, "B T"]):
+    def of(
+        cls, option: Int[Array, "B T"], *, options: int, valid: Bool[Array, "B T"]
+    ) -> OptionChoice:
         """The one that stands fixed for each token, of so many."""
         exact = jax.nn.one_hot(option, options, dtype=jnp.float32)
         return cls(weights=jnp.where(valid[..., None], exact, 0.0), probabilities=exact)
@@ -170,7 +173,7 @@ class RandomOption(OptionRouter):
             jnp.broadcast_to(option, valid.shape), options=options, valid=valid
         )
         shares = jnp.broadcast_to(jnp.asarray(self.chances, jnp.float32), choice.weights.shape)
-        return choice.replace(probabilities=shares)
+        return dataclasses.replace(choice, probabilities=shares)
 
 
 class LearnedOption(OptionRouter):
@@ -229,7 +232,7 @@ class LearnedOption(OptionRouter):
         chances = nn.softmax(scores / warmth)
         if not train:
             choice = OptionChoice.of(jnp.argmax(scores, axis=-1), options=options, valid=valid)
-            return choice.replace(probabilities=chances, aux=aux)
+            return dataclasses.replace(choice, probabilities=chances, aux=aux)
         if self.mixing == "soft":
             weights = chances
         else:
