@@ -18,14 +18,16 @@ Expected: not run yet.
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokenlab import config as configs
+from tokenlab.core.arrays import Float, Int
 from tokenlab.core.context import Context, View
+from tokenlab.core.rng import stream
 from tokenlab.data import PackedText, TfdsCorpus
 from tokenlab.evals import ObjectiveValue
 from tokenlab.evals.routes import (
@@ -49,6 +51,8 @@ from tokenlab.train.run import Run
 TEXT = PackedText(corpus=TfdsCorpus(name="english_prose"), length=64)
 LAYERS, STEPS, ROUTER_STEPS, HELD_OUT = 6, 1500, 300, 48
 BIG, BUDGET, COOLEST = 2, 2 / 6, 0.1
+PATTERNS = all_patterns([2] * LAYERS)
+BIG_LAYERS = executed(PATTERNS)
 NEXT_TOKEN = Term(loss=NextToken())
 RATES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)  # of dropout
 Route = Literal[
@@ -138,9 +142,11 @@ def noisy(network: Transformer, params: Any, batch: dict[str, Any], keys: Any) -
     return jax.lax.map(run, keys)
 
 
-def selection(view: View, batch: dict[str, Any], spread: float, runs: int, seed: int) -> np.ndarray:
-    """The lowest nats of each token over ``runs`` with dropout, whose variance is ``spread``."""
-    keys = jax.random.split(jax.random.key(seed), runs)
+def selection(
+    view: View, batch: dict[str, Any], like: Float[np.ndarray, "P B T"], seed: int
+) -> Float[np.ndarray, "B T"]:
+    """The lowest nats of each token over as many runs with dropout, which vary as much."""
+    keys, spread = jax.random.split(jax.random.key(seed), len(like)), like.var(axis=0).mean()
     found = []
     for rate in RATES:
         block = view.model.block.clone(dropout=rate)
@@ -149,70 +155,113 @@ def selection(view: View, batch: dict[str, Any], spread: float, runs: int, seed:
     return min(found, key=lambda each: each[0])[1].min(axis=0)
 
 
-@functools.cache
-def measured(seed: int) -> tuple[dict[Route, dict[str, float]], dict[Route, float]]:
-    """Figures of each route, and how many big layers it runs."""
+def network(seed: int) -> View:
+    """Trained in both stages."""
     base, _ = trained(configs.replace(config(), {"seed": seed}))
     run = router_run()
-    params = with_base(run.experiment.model, base.params, key=jax.random.key(seed))
+    params = with_base(run.experiment.model, base.params, key=stream(seed, "init"))
     params = continued(run, params, iter(rows("train", batch_size=16, seed=seed + 1000)))
-    view = View(model=run.experiment.model, params=params)
-    batch = next(iter(rows("held_out", batch_size=HELD_OUT, seed=seed)))
-    batch = {name: each for name, each in batch.items() if name != "documents"}
+    return View(model=run.experiment.model, params=params)
 
-    patterns = all_patterns([2] * LAYERS)
-    big = executed(patterns)
-    nats = pattern_nats(view, batch, patterns, reference=[0] * LAYERS)
-    route, own = chosen(view.model, view.params, batch)
-    route = np.asarray(route)
-    (by_router,) = pattern_nats(view, batch, route[None], reference=[0] * LAYERS)
-    budgets = np.sum(route == 0, axis=0)
-    rng = np.random.default_rng(seed)
+
+class Tables(NamedTuple):
+    """What every token of some rows costs.
+
+    Attributes:
+        nats: under each pattern, in a context where all layers are big.
+        in_rows: under each pattern, where the whole row follows it.
+        by_router: under the router's route, in that context.
+        own: in a pass that the router routes whole.
+        route: option of each layer by the router.
+    """
+
+    nats: Float[np.ndarray, "P B T"]
+    in_rows: Float[np.ndarray, "P B T"]
+    by_router: Float[np.ndarray, "B T"]
+    own: Float[np.ndarray, "B T"]
+    route: Int[np.ndarray, "L B T"]
+
+
+def tables(view: View, batch: dict[str, Any]) -> Tables:
+    """Everything that routes are judged by."""
+    route, own = (np.asarray(each) for each in chosen(view.model, view.params, batch))
+    big = [0] * LAYERS
+    return Tables(
+        nats=pattern_nats(view, batch, PATTERNS, reference=big),
+        in_rows=pattern_nats(view, batch, PATTERNS),
+        by_router=pattern_nats(view, batch, route[None], reference=big)[0],
+        own=own,
+        route=route,
+    )
+
+
+def by_budget(found: Tables, rng: np.random.Generator) -> dict[Route, dict[str, float]]:
+    """Oracles and random routes of every number of big layers; which layers the oracle has big."""
+    figures: dict[Route, dict[str, float]] = {"oracle": {}, "random": {}, "best of 100": {}}
+    for k, value in best_by_budget(found.nats, BIG_LAYERS).items():
+        trials = random_routes(found.nats[k == BIG_LAYERS], trials=100, rng=rng)
+        in_rows = found.in_rows.mean(axis=2)[k == BIG_LAYERS].min(axis=0)  # one pattern for a row
+        figures["oracle"][f"duo/nats_of_{k}"] = float(value.mean())
+        figures["oracle"][f"duo/nats_of_rows_of_{k}"] = float(in_rows.mean())
+        figures["random"][f"duo/nats_of_{k}"] = float(trials.mean())
+        figures["best of 100"][f"duo/nats_of_{k}"] = float(trials.min())
+    best = PATTERNS[BIG_LAYERS == BIG][np.argmin(found.nats[BIG_LAYERS == BIG], axis=0)]
+    figures["oracle"] |= in_layers(np.moveaxis(best, -1, 0))
+    return figures
+
+
+def in_layers(route: Int[np.ndarray, "L B T"]) -> dict[str, float]:
+    """Share of tokens for which each layer is big."""
+    return {f"duo/big_in_layer_{i}": float(np.mean(each == 0)) for i, each in enumerate(route)}
+
+
+def at_budgets(
+    found: Tables, budgets: Int[np.ndarray, "B T"], rng: np.random.Generator
+) -> tuple[float, Float[np.ndarray, " S"]]:
+    """The oracle, and 100 random routes, with as many big layers for each token."""
     by_chance = np.zeros(100)
     for k in np.unique(budgets):
         there = budgets == k
-        trials = random_routes(nats[big == k][:, there], trials=100, rng=rng)
+        trials = random_routes(found.nats[k == BIG_LAYERS][:, there], trials=100, rng=rng)
         by_chance += trials * there.mean()
-    oracle = np.choose(budgets, list(best_by_budget(nats, big).values()))
-    few = best_by_budget(nats, big, at_most=True)[1]
-    one = nats[big <= 1]
-    noise = selection(view, batch, float(one.var(axis=0).mean()), len(one), seed)
-    delta = difficulty(nats, nats[-1])
-    hard = nats[-1] > np.quantile(nats[-1], 0.75)
+    oracle = np.choose(budgets, list(best_by_budget(found.nats, BIG_LAYERS).values()))
+    return float(oracle.mean()), by_chance
+
+
+@functools.cache
+def measured(seed: int) -> tuple[dict[Route, dict[str, float]], dict[Route, float]]:
+    """Figures of each route, and how many big layers it runs."""
+    view, rng = network(seed), np.random.default_rng(seed)
+    batch = next(iter(rows("held_out", batch_size=HELD_OUT, seed=seed)))
+    batch = {name: each for name, each in batch.items() if name != "documents"}
+    found = tables(view, batch)
+    nats, budgets = found.nats, np.sum(found.route == 0, axis=0)
+    oracle, by_chance = at_budgets(found, budgets, rng)
+    one = nats[BIG_LAYERS <= 1]
+    few, noise = one.min(axis=0), selection(view, batch, one, seed)
     means: dict[Route, float] = {
-        "all big": nats[0].mean(), "all small": nats[-1].mean(), "oracle": oracle.mean(),
+        "all big": nats[0].mean(), "all small": nats[-1].mean(), "oracle": oracle,
         "at most one": few.mean(), "random": by_chance.mean(), "best of 100": by_chance.min(),
-        "router": by_router.mean(), "dropout": noise.mean(),
+        "router": found.by_router.mean(), "dropout": noise.mean(),
     }  # fmt: skip
     figures = {name: {"duo/nats": float(value)} for name, value in means.items()}
-    gap = means["random"] - means["oracle"]
+    for name, more in by_budget(found, rng).items():
+        figures[name] |= more
+    gap, drop = means["random"] - oracle, means["all big"] - means["at most one"]
     figures["router"] |= {
         "duo/share_of_gap": float((means["random"] - means["router"]) / gap),
-        "duo/whole_route_nats": float(np.mean(own)),
-    } | {f"duo/big_in_layer_{i}": float(np.mean(route[i] == 0)) for i in range(LAYERS)}
-    drop = means["all big"] - means["at most one"]
-    figures["dropout"]["duo/share_of_drop"] = float((means["all big"] - means["dropout"]) / drop)
-    exact = patterns[big == BIG]
-    best = exact[np.argmin(nats[big == BIG], axis=0)]
-    figures["oracle"] |= {
-        f"duo/big_in_layer_{i}": float(np.mean(best[..., i] == 0)) for i in range(LAYERS)
+        "duo/whole_route_nats": float(np.mean(found.own)),
+        **in_layers(found.route),
     }
-    whole = pattern_nats(view, batch, patterns).mean(axis=2)  # one pattern for a row
-    for k, value in best_by_budget(nats, big).items():
-        trials = random_routes(nats[big == k], trials=100, rng=rng)
-        figures["oracle"][f"duo/nats_of_{k}"] = float(value.mean())
-        figures["oracle"][f"duo/nats_of_rows_of_{k}"] = float(whole[big == k].min(axis=0).mean())
-        figures["random"][f"duo/nats_of_{k}"] = float(trials.mean())
-        figures["best of 100"][f"duo/nats_of_{k}"] = float(trials.min())
+    figures["dropout"]["duo/share_of_drop"] = float((means["all big"] - means["dropout"]) / drop)
+    delta, hard = difficulty(nats, nats[-1]), nats[-1] > np.quantile(nats[-1], 0.75)
     figures["all small"] |= {
         "duo/hard_not_helped": float(np.mean(delta[hard] < 0.1)),
         "duo/difficulty": float(delta.mean()),
         "duo/difficulty_with_nats": float(np.corrcoef(delta.ravel(), nats[-1].ravel())[0, 1]),
     }
-    mean_big = float(budgets.mean())
-    spent: dict[Route, float] = dict.fromkeys(means, mean_big)
-    first = np.argmax(nats[big <= 1] == few[None], axis=0)
-    spent["at most one"] = float(np.mean(big[big <= 1][first]))
+    spent: dict[Route, float] = dict.fromkeys(means, float(budgets.mean()))
+    spent["at most one"] = float(np.mean(BIG_LAYERS[BIG_LAYERS <= 1][np.argmin(one, axis=0)]))
     return figures, spent | {"all big": LAYERS, "dropout": LAYERS, "all small": 0}
 
 
