@@ -12,8 +12,14 @@ Paper:    Alizadeh et al., "Duo-LLM: A Framework for Studying Adaptive Computati
           Models", 2024, arXiv:2410.10846.
 Command:  python -m tokenlab data fetch english_prose
           python -m tokenlab study experiments/models/duo_llm.py
-Hardware: one CPU core.
-Expected: not run yet.
+Hardware: one CPU core, twenty minutes on a busy machine.
+Expected: works. All big layers cost 1.807 nats a byte, all small ones 1.866, the best pattern of at
+          most one big layer for each byte 1.655. But the best of seven runs of all big layers with
+          dropout cost 1.633: luck alone is worth 1.11 to 1.19 of that drop. The router (2.11 big
+          layers, mostly the last three) costs 1.800, random routes 1.821, the best of 100 of them
+          1.811, the oracle 1.609: the router closes 0.10 of the gap. Of the quarter of bytes with
+          the highest nats under small layers, 0.15 gain less than 0.1 nats from any pattern. With
+          one pattern for a row of 64 bytes the oracle of two big layers still costs 1.78.
 """
 
 import dataclasses
