@@ -15,11 +15,11 @@ Command:  python -m tokenlab data fetch english_prose
 Hardware: one CPU core, fifty minutes on a busy machine.
 Expected: does not hold as a whole, in the one setting that has been run. At 25 and 40 % sparsity
           held-out text costs 0.094 and 0.183 nats a byte more than under the whole model where
-          units are routed with forecasts, 0.340 and 0.521 with forecasts by chance, 1.241 and 1.747
-          where they are skipped by chance. A greedy router costs 0.53, 0.79 and 2.46, and 0.82, 0.89
-          and 2.87: worse at every seed (at 40 % informed has 0.17 of its increase), but three seeds
-          so far apart decide nothing. 150 steps are few for a router. Forecasts of attention are
-          not better than those of feed-forward layers: they leave 0.48 of it and 0.33 of them.
+          routers see forecasts, 0.340 and 0.521 with forecasts by chance, 1.241 and 1.747 where
+          units are skipped by chance. A greedy router costs 0.53, 0.79 and 2.46, and 0.82, 0.89 and
+          2.87: worse at every seed (at 40 % informed has 0.17 of its increase), but three seeds so
+          far apart decide nothing. 150 steps are few for a router. Forecasts of attention are not
+          better than those of feed-forward layers: they leave 0.48 of it and 0.33 of them.
           SmolLM2 with a tenth of its units left out by chance: 2.42 nats a token more where they
           are skipped, 1.21 where they are forecast. Forecasters add 3.7 % of parameters.
 """
