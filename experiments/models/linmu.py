@@ -22,7 +22,6 @@ Expected: of the ten answers the student gets 0.67 right where the teacher gets 
 
 import dataclasses
 import functools
-import itertools
 from typing import Literal
 
 import jax
@@ -38,7 +37,7 @@ from tokenlab.experiment import Experiment
 from tokenlab.models import Grid, LowRank, Window, linmu, llama, with_teacher
 from tokenlab.objectives import NextToken, Objective, StreamError, TeacherKL, Term
 from tokenlab.study import Bound, Claim, Measured, Study, Trial
-from tokenlab.study.trained import trained
+from tokenlab.study.trained import continued, trained
 from tokenlab.train.optimizer import Muon, WarmupStableDecay
 from tokenlab.train.run import Run
 
@@ -136,10 +135,7 @@ class Distilled(Trial):
         first = dataclasses.replace(runs[0].trainer, seed=seed).init()
         params = with_teacher(first.params, teacher().params)
         for run in runs:
-            state = run.trainer.init(params)
-            for batch in itertools.islice(batches, run.total_steps):
-                state, _ = run.trainer.step(state, run.trainer.put(batch))
-            params = state.params
+            params = continued(run, params, batches)
         view = View(model=runs[-1].experiment.model, params=params)
         figures = answered(view)
         behind = answered(teacher())["answers/all"] - figures["answers/all"]

@@ -18,13 +18,20 @@ from tokenlab import config
 from tokenlab.core.reports import REPORTS
 from tokenlab.models import (
     FeedForward,
+    Forecaster,
     GeGLU,
     MixtureOfExperts,
     Pattention,
     PattentionFeedForward,
+    RoutedFeedForward,
     SwiGLU,
 )
-from tokenlab.routing import FixedThresholdGate, PooledThresholdGate, TopKGate
+from tokenlab.routing import (
+    FixedThresholdGate,
+    LearnedOption,
+    PooledThresholdGate,
+    TopKGate,
+)
 
 DIM, HIDDEN = 8, 12
 
@@ -63,6 +70,20 @@ def learned_tokens(params, x, valid):
     return scores * scipy.stats.norm.cdf(scores) @ params["pattention"]["values"]
 
 
+def forecast(params, x, valid):
+    return x @ params["narrow"]["kernel"] @ params["wide"]["kernel"]
+
+
+def big_or_small(params, x, valid):
+    """One token at a time: the layer of the higher score."""
+    big, small = (gated(silu)(params[name], x, valid) for name in ("unit", "stand_in_0"))
+    scores = x @ params["routing"]["scores"]["kernel"]
+    out = np.zeros(x.shape)
+    for at in zip(*np.nonzero(valid), strict=True):
+        out[at] = (big if scores[at][0] >= scores[at][1] else small)[at]
+    return out
+
+
 class Row(NamedTuple):
     """A member, its output in NumPy, and operations of a token beside those it reports."""
 
@@ -80,9 +101,24 @@ TABLE = {
     PattentionFeedForward: Row(
         PattentionFeedForward(pattention=Pattention(tokens=6)), learned_tokens, 4 * 6 * DIM
     ),
+    Forecaster: Row(Forecaster(rank=3), forecast, 4 * 3 * DIM),
+    RoutedFeedForward: Row(
+        RoutedFeedForward(
+            unit=SwiGLU(hidden_dim=HIDDEN),
+            stand_ins=(SwiGLU(hidden_dim=2),),
+            router=LearnedOption(),
+        ),
+        big_or_small,
+        4 * DIM,
+    ),
 }
 every = pytest.mark.parametrize("member", TABLE)
-OF_TOKENS = ("active_experts", "gate_entropy")  # the reports that have a figure per token
+OF_TOKENS = (
+    "active_experts",
+    "gate_entropy",
+    "option",
+    "option_entropy",
+)  # the reports that have a figure per token
 
 
 def test_the_table_holds_every_public_member():

@@ -11,7 +11,18 @@ from flax import linen as nn
 
 import tokenlab.models
 from tokenlab import config
-from tokenlab.models import MMATE, Attention, Grid, Mixer, Pattention, PattentionAttention, Window
+from tokenlab.models import (
+    MMATE,
+    Attention,
+    Forecaster,
+    Grid,
+    Mixer,
+    Pattention,
+    PattentionAttention,
+    RoutedMixer,
+    Window,
+)
+from tokenlab.routing import LearnedOption
 
 DIM = 16
 ATTENTION = Attention(num_heads=4, num_kv_heads=2)
@@ -19,6 +30,9 @@ TABLE = {
     Attention: ATTENTION,
     PattentionAttention: PattentionAttention(
         num_heads=4, num_kv_heads=2, pattention=Pattention(tokens=8)
+    ),
+    RoutedMixer: RoutedMixer(
+        unit=ATTENTION, stand_ins=(Forecaster(rank=3),), router=LearnedOption()
     ),
     MMATE: MMATE(
         attention=ATTENTION, grid=Grid(height=3, width=4, start=1), shifted=True, chunk=8,

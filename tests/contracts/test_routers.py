@@ -19,6 +19,7 @@ from tokenlab.routing import (
     ExpertChoiceRouter,
     LinearScores,
     MLPScores,
+    NarrowScores,
     RandomRouter,
     Router,
     Scores,
@@ -61,7 +62,7 @@ every = pytest.mark.parametrize("member", ORACLES)
 
 
 @pytest.mark.parametrize(
-    ("family", "table"), [(Router, ORACLES), (Scores, {LinearScores, MLPScores})]
+    ("family", "table"), [(Router, ORACLES), (Scores, {LinearScores, MLPScores, NarrowScores})]
 )
 def test_the_tables_hold_every_public_member(family, table):
     public = {

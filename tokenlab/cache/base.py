@@ -60,6 +60,11 @@ class Picked(NamedTuple):
     index: Int[Array, "B C"]
     kept: Bool[Array, "B T"]
 
+    def in_use(self) -> Bool[Array, "B C"]:
+        """Slots that hold a token."""
+        count = jnp.sum(self.kept, axis=1, keepdims=True)
+        return jnp.arange(self.index.shape[1])[None] < count
+
     def gather(self, x: Array) -> Array:
         """What they have of ``x [B, T, ...]``."""
         return jnp.take_along_axis(x, _along(self.index, x), axis=1)
@@ -73,9 +78,8 @@ class Picked(NamedTuple):
     def among(self, others: Picked) -> Picked:
         """The same tokens, numbered among ``others``, all of which they are."""
         index = jnp.take_along_axis(_ranks(others.kept), self.index, axis=1)
-        count = jnp.sum(others.kept, axis=1, keepdims=True)
-        there = jnp.arange(others.index.shape[1])[None] < count
-        return Picked(jnp.maximum(index, 0), others.gather(self.kept) & there)
+        kept = others.gather(self.kept) & others.in_use()
+        return Picked(jnp.maximum(index, 0), kept)
 
 
 class Entries(NamedTuple):

@@ -24,12 +24,36 @@ class SharedKeys(flax.struct.PyTreeNode):
         cache: of the layer, or None.
         entries: the tokens of the first application, not turned.
         picked: which of them come; None is all, in order.
+        asks: of a first application that all tokens come to, for their keys, those that ask for
+            what it makes of them; None is all.
     """
 
     projects: bool = flax.struct.field(pytree_node=False, default=True)
     cache: LayerCache | None = None
     entries: Entries | None = None
     picked: Picked | None = None
+    asks: Picked | None = None
+
+    def asking(self, x: Float[Array, "B T D"]) -> Float[Array, "B C D"]:
+        """The tokens whose queries are wanted."""
+        return x if self.asks is None else self.asks.gather(x)
+
+    def begun(self, new: Entries) -> tuple[Entries, SharedKeys]:
+        """What those bring that ask, and the keys of all, which they read.
+
+        Args:
+            new: queries of those that ask, the rest of all tokens.
+        """
+        asks = self.asks
+        if asks is None:
+            return new, self
+        k, v, positions, segments = (asks.gather(x) for x in new[1:])
+        segments = jnp.where(asks.in_use(), segments, 0)
+        batch, length = new.segments.shape
+        none = jnp.zeros((batch, length, *new.q.shape[2:]), new.q.dtype)
+        entries = new._replace(q=asks.spread(new.q, none))
+        shared = self.replace(projects=False, entries=entries, picked=asks, asks=None)
+        return Entries(new.q, k, v, positions, segments), shared
 
     def own(self) -> tuple[Float[Array, "B C K E"], Float[Array, "B C K E"]]:
         """Keys and values that the tokens that come have already."""

@@ -43,10 +43,13 @@ class View:
     Attributes:
         model: the module.
         params: its parameters.
+        given: other collections that it reads, such as options that stand fixed
+            (``routing.GIVEN``).
     """
 
     model: nn.Module
     params: PyTree
+    given: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
 
     def __call__(self, *args: Any, mutable: Sequence[str] = (), **options: Any) -> Any:
         """``model.apply`` with these parameters, by which layers may report.
@@ -57,7 +60,7 @@ class View:
             options: of ``apply``; ``method`` names another method than the call.
         """
         out, kept = self.model.apply(
-            {"params": self.params}, *args, mutable=[REPORTS, *mutable], **options
+            {"params": self.params, **self.given}, *args, mutable=[REPORTS, *mutable], **options
         )
         return (out, kept) if mutable else out
 

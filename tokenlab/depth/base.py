@@ -60,6 +60,13 @@ class DepthTrace:
             flops=reports.flops,
         )
 
+    def asking(self) -> Bool[Array, "R B T"]:
+        """Which tokens ask others: of the active ones those that layers name, if all layers do."""
+        asked = self.figures.get("asked")
+        if asked is None or asked.shape != self.active.shape:
+            return self.active
+        return self.active & (asked > 0)
+
     def tokens_read(self) -> Bool[Array, "R B T"]:
         """``read``, spelt out."""
         return self.active if self.read is None else self.read

@@ -7,6 +7,14 @@ from tokenlab.evals.objective import ObjectiveValue
 from tokenlab.evals.plans import PlanReadBack, probed
 from tokenlab.evals.references import ByteNgram, Compressor, witten_bell
 from tokenlab.evals.roles import RoleAccuracy, class_probe
+from tokenlab.evals.routes import (
+    all_patterns,
+    best_by_budget,
+    difficulty,
+    executed,
+    pattern_nats,
+    random_routes,
+)
 from tokenlab.evals.task import TaskAccuracy
 from tokenlab.evals.text import HeldOutText, row_logp, windows
 
@@ -22,9 +30,15 @@ __all__ = [
     "PlanReadBack",
     "RoleAccuracy",
     "TaskAccuracy",
+    "all_patterns",
+    "best_by_budget",
     "class_probe",
     "depth_fit",
+    "difficulty",
+    "executed",
+    "pattern_nats",
     "probed",
+    "random_routes",
     "row_logp",
     "windows",
     "witten_bell",

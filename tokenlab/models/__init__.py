@@ -14,6 +14,7 @@ from tokenlab.models.expert_schedules import (
 )
 from tokenlab.models.experts import MixtureOfExperts
 from tokenlab.models.flex_ma import FlexMA
+from tokenlab.models.forecasters import fit_forecasters, reduced_rank
 from tokenlab.models.grid import Grid, Window
 from tokenlab.models.heads import Head, LinearHead, TiedHead, VQHead
 from tokenlab.models.layers import (
@@ -32,6 +33,8 @@ from tokenlab.models.layers import (
 )
 from tokenlab.models.linmu import MMATE, linmu, with_teacher
 from tokenlab.models.local_windows import LocalWindows
+from tokenlab.models.routed import given_options, with_base, with_stand_ins
+from tokenlab.models.stand_ins import Forecaster, RoutedFeedForward, RoutedMixer
 from tokenlab.models.token_former import (
     Pattention,
     PattentionAttention,
@@ -62,6 +65,7 @@ __all__ = [
     "ExpertSchedule",
     "FeedForward",
     "FlexMA",
+    "Forecaster",
     "GatedFeedForward",
     "GeGLU",
     "Grid",
@@ -83,6 +87,8 @@ __all__ = [
     "RMSNorm",
     "Rotary",
     "RotaryScaling",
+    "RoutedFeedForward",
+    "RoutedMixer",
     "SwiGLU",
     "TiedHead",
     "Transformer",
@@ -90,15 +96,20 @@ __all__ = [
     "VQHead",
     "WaveExperts",
     "Window",
+    "fit_forecasters",
     "for_decoding",
+    "given_options",
     "linmu",
     "llama",
+    "reduced_rank",
     "rotate",
     "token_former",
     "transformer_1m",
     "transformer_15m",
     "transformer_135m",
     "unrolled",
+    "with_base",
     "with_expert_schedule",
+    "with_stand_ins",
     "with_teacher",
 ]

@@ -52,6 +52,7 @@ class Mixer(nn.Module, abc.ABC):
         segments: Segments,
         cache: Memory | None = None,
         prompt: Prompt | None = None,
+        train: bool = False,
     ) -> tuple[Hidden, Memory | None]:
         """The mixed tokens and the cache with theirs appended."""
 
@@ -153,7 +154,8 @@ class Attention(Mixer):
         segments: Segments,
         cache: Memory | None = None,
         prompt: Prompt | None = None,
-    ) -> tuple[Hidden, Memory | None]:
+        train: bool = False,
+    ) -> tuple[Float[Array, "B C D"], Memory | None]:
         """Attends within segments, over the cache where one is given.
 
         Args:
@@ -161,14 +163,17 @@ class Attention(Mixer):
             positions: position of each token in its document.
             segments: 0 for padding.
             cache: this layer's cache; then rows hold one segment each. Or the keys and values that
-                it shares with earlier applications.
+                it shares with earlier applications, or that only some tokens ask for; then the
+                result is theirs.
             prompt: not read; the rule says who sees whom.
+            train: not read.
 
         Raises:
             UserError: keys are shared, and ``prefill`` would leave out some of them.
         """
         heads = self.heads(x.shape[-1])
-        q = self._project(x, self.num_heads, heads.width, "q", self.qk_norm)
+        asking = cache.asking(x) if isinstance(cache, SharedKeys) else x
+        q = self._project(asking, self.num_heads, heads.width, "q", self.qk_norm)
         if isinstance(cache, SharedKeys) and not cache.projects:
             k, v = cache.own()
         else:
@@ -176,13 +181,14 @@ class Attention(Mixer):
             v = self._project(x, self.num_kv_heads, heads.width, "v", None)
         new = Entries(q=q, k=k, v=v, positions=positions, segments=segments)
         if isinstance(cache, SharedKeys):
+            new, cache = cache.begun(new)
             out, cache = self._over_shared(new, cache, heads)
         elif cache is None:
             out = self._within(new, new, heads)
         else:
             first = None if self.prefill is None else self._prefilled
             out, cache = cache.attend(new, rule=self.rule, impl=self.impl, first=first)
-        out = out.reshape(*x.shape[:2], self.num_heads * heads.width)
+        out = out.reshape(*out.shape[:2], self.num_heads * heads.width)
         return self._projected(out, x.shape[-1], name="out", axes=("heads", "embed")), cache
 
     def _prefilled(

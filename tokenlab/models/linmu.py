@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -24,6 +23,7 @@ from tokenlab.core.arrays import (
     Segments,
 )
 from tokenlab.core.errors import UserError
+from tokenlab.core.parameters import carried
 from tokenlab.models.attention import Attention, Memory, Mixer
 from tokenlab.models.flex_ma import FlexMA
 from tokenlab.models.grid import AXES, Axis, Grid, Window
@@ -75,6 +75,7 @@ class MMATE(Mixer):
         segments: Segments,
         cache: Memory | None = None,
         prompt: Prompt | None = None,
+        train: bool = False,
     ) -> tuple[Hidden, Memory | None]:
         """Both branches, weighed.
 
@@ -84,6 +85,7 @@ class MMATE(Mixer):
             segments: document of each token, 0 for padding.
             cache: this layer's state; rows hold one document each.
             prompt: tokens that are given; None is none, or all of the pass that begins a cache.
+            train: not read.
 
         Raises:
             UserError: the cache is not of this kind, or a later pass has more than one token.
@@ -234,16 +236,4 @@ def with_teacher(params: PyTree, teacher: PyTree) -> PyTree:
         params: of a model that :func:`linmu` gave.
         teacher: parameters of the model it was given.
     """
-    theirs = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(teacher)
-    }
-
-    def taken(path: tuple, leaf: Array) -> Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for branch in ("/flex/", "/local/softmax/"):
-            name = name.replace(branch, "/")
-        # Copies, as training gives its buffers up.
-        return jnp.copy(theirs.get(name, leaf))
-
-    return jax.tree_util.tree_map_with_path(taken, params)
+    return carried(params, teacher, within=("/flex/", "/local/softmax/"))

@@ -61,7 +61,12 @@ class Block(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=not train)
         normed = self.norm.copy(parent=self, name="mixer_norm")(x)
         update, cache = self.mixer(
-            normed, positions=positions, segments=segments, cache=cache, prompt=prompt
+            normed,
+            positions=positions,
+            segments=segments,
+            cache=cache,
+            prompt=prompt,
+            train=train,
         )
         x = x + drop(self._post_normed(update, "mixer"))
         normed = self.norm.copy(parent=self, name="feedforward_norm")(x)
@@ -255,7 +260,7 @@ class Transformer(nn.Module):
         pairs = jnp.stack(
             [
                 kind.mixer.pairs(
-                    active=trace.active[number :: len(kinds)],
+                    active=trace.asking()[number :: len(kinds)],
                     read=trace.tokens_read()[number :: len(kinds)],
                     positions=positions,
                     segments=segments,

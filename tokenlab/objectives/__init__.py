@@ -9,6 +9,7 @@ from tokenlab.objectives.base import (
     TokenLoss,
     TokenWeights,
 )
+from tokenlab.objectives.budget import BudgetPenalty
 from tokenlab.objectives.distill import StreamError, TeacherKL
 from tokenlab.objectives.mixtures import DistributionKL, MixturePolicy, group_advantages
 from tokenlab.objectives.next_token import (
@@ -21,6 +22,7 @@ from tokenlab.objectives.next_token import (
 __all__ = [
     "AllTokens",
     "AuxiliaryTerm",
+    "BudgetPenalty",
     "DistributionKL",
     "ExpectedNextToken",
     "MixturePolicy",

@@ -51,11 +51,17 @@ class ChanceRouter(ScoringRouter):
         return self
 
 
-def draws(x: Hidden) -> Float[Array, "B T"]:
-    """A number of [0, 1) for each token, from the bits of its stream in float32."""
+def draws(x: Hidden, salt: int = 0) -> Float[Array, "B T"]:
+    """A number of [0, 1) for each token, from the bits of its stream in float32.
+
+    Args:
+        x: the stream.
+        salt: makes draws from the same stream independent; 0 to 2^32 - 1.
+    """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     odd = 2 * jnp.arange(x.shape[-1], dtype=jnp.uint32) + 1
     mixed = jnp.sum(bits * (odd * jnp.uint32(0x9E3779B1))[None, None], axis=-1, dtype=jnp.uint32)
+    mixed ^= jnp.uint32(salt)
     for multiplier in (0x85EBCA6B, 0xC2B2AE35):  # MurmurHash3's last steps
         mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(multiplier)
     return (mixed >> 8).astype(jnp.float32) / 2**24

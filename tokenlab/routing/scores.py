@@ -11,6 +11,7 @@ from tokenlab.core.arrays import Array, Float, Hidden
 from tokenlab.core.parameters import dense_init, parameter
 
 _small = nn.initializers.normal(0.02)
+_he = nn.initializers.he_normal()
 
 
 class Scores(nn.Module, abc.ABC):
@@ -24,6 +25,10 @@ class Scores(nn.Module, abc.ABC):
             x: the residual stream.
             choices: how many scores a token gets.
         """
+
+    @abc.abstractmethod
+    def flops(self, width: int, choices: int) -> int:
+        """Floating-point operations of a token, from a stream of ``width``."""
 
 
 class LinearScores(Scores):
@@ -39,6 +44,10 @@ class LinearScores(Scores):
         shape = (x.shape[-1], choices)
         weight = parameter(self, "kernel", _small, shape, ("embed", "norm"))
         return x.astype(jnp.float32) @ weight
+
+    def flops(self, width: int, choices: int) -> int:
+        """One product."""
+        return 2 * width * choices
 
 
 class MLPScores(Scores):
@@ -62,3 +71,37 @@ class MLPScores(Scores):
         inner = parameter(self, "hidden", dense_init, (width, hidden), ("embed", "mlp"))
         outer = parameter(self, "kernel", _small, (hidden, choices), ("mlp", "norm"))
         return nn.gelu(x.astype(jnp.float32) @ inner, approximate=False) @ outer
+
+    def flops(self, width: int, choices: int) -> int:
+        """Two products."""
+        return 2 * self.widening * width * (width + choices)
+
+
+class NarrowScores(Scores):
+    """``W_2 relu(W_1 x + b_1) + b_2``, narrower within; He initialisation, biases 0 at the start.
+
+    Reference: the router of Zhao et al., "SkipGPT: Dynamic Layer Pruning Reinvented with Token
+    Awareness and Module Decoupling", 2025, arXiv:2506.04179.
+
+    Attributes:
+        divisor: width of the stream over that of the hidden layer.
+    """
+
+    divisor: int = 4
+
+    @nn.compact
+    def __call__(self, x: Hidden, *, choices: int) -> Float[Array, "B T C"]:
+        """Two products."""
+        width = x.shape[-1]
+        hidden = max(1, width // self.divisor)
+        zeros = nn.initializers.zeros
+        inner = parameter(self, "hidden", _he, (width, hidden), ("embed", "mlp"))
+        inner_bias = parameter(self, "hidden_bias", zeros, (hidden,), ("mlp",))
+        outer = parameter(self, "kernel", _he, (hidden, choices), ("mlp", "norm"))
+        outer_bias = parameter(self, "bias", zeros, (choices,), ("norm",))
+        within = nn.relu(x.astype(jnp.float32) @ inner + inner_bias[None, None])
+        return within @ outer + outer_bias[None, None]
+
+    def flops(self, width: int, choices: int) -> int:
+        """Two products."""
+        return 2 * max(1, width // self.divisor) * (width + choices)

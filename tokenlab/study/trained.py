@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
+from jaxtyping import PyTree
 from rich.console import Console
 
 from tokenlab import config
 from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
+from tokenlab.data.base import Batch
 from tokenlab.data.fetch import cache_dir
 from tokenlab.experiment import Experiment
 from tokenlab.tokenizers.base import Tokenizer
 from tokenlab.train.loop import train
-from tokenlab.train.run import open_run
+from tokenlab.train.run import Run, open_run
 
 
 def trained(experiment: Experiment, *, console: Console | None = None) -> tuple[View, Tokenizer]:
@@ -29,3 +34,17 @@ def trained(experiment: Experiment, *, console: Console | None = None) -> tuple[
         raise UserError(f"the run in {folder} was interrupted; start it again to go on")
     run, state = open_run(folder)
     return View(model=run.experiment.model, params=state.best_params), run.tokenizer
+
+
+def continued(run: Run, params: PyTree, batches: Iterator[Batch]) -> PyTree:
+    """The parameters after a stage of training: the steps of ``run`` from ``params`` on.
+
+    Args:
+        run: the stage; its data and seed of the rows are not asked.
+        params: what it begins with, which it gives up.
+        batches: rows of the steps; a later stage goes on with them.
+    """
+    state = run.trainer.init(params)
+    for batch in itertools.islice(batches, run.total_steps):
+        state, _ = run.trainer.step(state, run.trainer.put(batch))
+    return state.params

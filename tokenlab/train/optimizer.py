@@ -335,12 +335,13 @@ def _last_two_axes(params: PyTree) -> PyTree:
 
 
 def decayed(params: PyTree) -> PyTree:
-    """Which parameters weight decay acts on: all but scales, biases, rates and tables of codes."""
+    """Which parameters weight decay acts on: all but scales, biases, rates, temperatures, codes."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_decayed(path), params)
 
 
 def _is_decayed(path: tuple) -> bool:
-    return not {"scale", "bias", "threshold", "codes", "log_rate"} & set(_names(path))
+    spared = {"scale", "bias", "hidden_bias", "threshold", "codes", "log_rate", "temperature"}
+    return not spared & set(_names(path))
 
 
 def _names(path: tuple) -> list[str]:
