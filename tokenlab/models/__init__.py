@@ -1,5 +1,6 @@
 """Pure Linen models and their parts."""
 
+from tokenlab.models.adapters import ADAPTERS, adapted, merged, taken_over, with_adapter
 from tokenlab.models.attention import Attention, Mixer
 from tokenlab.models.capsule import CapsuleTransformer
 from tokenlab.models.expert_schedules import (
@@ -16,6 +17,15 @@ from tokenlab.models.experts import MixtureOfExperts
 from tokenlab.models.flex_ma import FlexMA
 from tokenlab.models.grid import Grid, Window
 from tokenlab.models.heads import Head, LinearHead, TiedHead, VQHead
+from tokenlab.models.informativeness import (
+    Informativeness,
+    KeptAbove,
+    KeptBlocks,
+    KeptShare,
+    PooledScores,
+    PredictedScores,
+    RandomScores,
+)
 from tokenlab.models.layers import (
     FeedForward,
     GatedFeedForward,
@@ -32,6 +42,8 @@ from tokenlab.models.layers import (
 )
 from tokenlab.models.linmu import MMATE, linmu, with_teacher
 from tokenlab.models.local_windows import LocalWindows
+from tokenlab.models.pruned_backward import PrunedSwiGLU
+from tokenlab.models.token_dropping import TokenDroppingAttention, lemo, shrunk
 from tokenlab.models.token_former import (
     Pattention,
     PattentionAttention,
@@ -52,6 +64,7 @@ from tokenlab.models.transformer import (
 )
 
 __all__ = [
+    "ADAPTERS",
     "MMATE",
     "AscendingExperts",
     "Attention",
@@ -66,7 +79,11 @@ __all__ = [
     "GeGLU",
     "Grid",
     "Head",
+    "Informativeness",
     "InversePyramidExperts",
+    "KeptAbove",
+    "KeptBlocks",
+    "KeptShare",
     "Linear",
     "LinearHead",
     "LinearScaling",
@@ -79,26 +96,37 @@ __all__ = [
     "Pattention",
     "PattentionAttention",
     "PattentionFeedForward",
+    "PooledScores",
+    "PredictedScores",
+    "PrunedSwiGLU",
     "PyramidExperts",
     "RMSNorm",
+    "RandomScores",
     "Rotary",
     "RotaryScaling",
     "SwiGLU",
     "TiedHead",
+    "TokenDroppingAttention",
     "Transformer",
     "UniformExperts",
     "VQHead",
     "WaveExperts",
     "Window",
+    "adapted",
     "for_decoding",
+    "lemo",
     "linmu",
     "llama",
+    "merged",
     "rotate",
+    "shrunk",
+    "taken_over",
     "token_former",
     "transformer_1m",
     "transformer_15m",
     "transformer_135m",
     "unrolled",
+    "with_adapter",
     "with_expert_schedule",
     "with_teacher",
 ]

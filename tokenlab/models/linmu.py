@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -24,6 +23,7 @@ from tokenlab.core.arrays import (
     Segments,
 )
 from tokenlab.core.errors import UserError
+from tokenlab.models.adapters import taken_over
 from tokenlab.models.attention import Attention, Memory, Mixer
 from tokenlab.models.flex_ma import FlexMA
 from tokenlab.models.grid import AXES, Axis, Grid, Window
@@ -234,16 +234,10 @@ def with_teacher(params: PyTree, teacher: PyTree) -> PyTree:
         params: of a model that :func:`linmu` gave.
         teacher: parameters of the model it was given.
     """
-    theirs = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(teacher)
-    }
 
-    def taken(path: tuple, leaf: Array) -> Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    def plain(name: str) -> str:
         for branch in ("/flex/", "/local/softmax/"):
             name = name.replace(branch, "/")
-        # Copies, as training gives its buffers up.
-        return jnp.copy(theirs.get(name, leaf))
+        return name
 
-    return jax.tree_util.tree_map_with_path(taken, params)
+    return taken_over(params, teacher, rename=plain)

@@ -178,6 +178,16 @@ class Optimizer(abc.ABC):
             parts, functools.partial(_labels, patterns | {"trained": self.trained})
         )
 
+    def moves(self, params: PyTree) -> PyTree:
+        """Whether each parameter is moved: trained, or in a group.
+
+        Raises:
+            UserError: a pattern names no parameter.
+        """
+        patterns = {f"group_{i}": group.parameters for i, group in enumerate(self.groups)}
+        labels = _labels(patterns | {"trained": self.trained}, params)
+        return jax.tree.map(lambda label: label != "frozen", labels)
+
     def _moving(self, clock: Clock) -> optax.GradientTransformation:
         """What moves the trained parameters, forgetting included."""
         schedule = self.learning_rate.build(clock)
