@@ -11,7 +11,18 @@ from flax import linen as nn
 
 import tokenlab.models
 from tokenlab import config
-from tokenlab.models import MMATE, Attention, Grid, Mixer, Pattention, PattentionAttention, Window
+from tokenlab.models import (
+    MMATE,
+    Attention,
+    Grid,
+    KeptShare,
+    Mixer,
+    Pattention,
+    PattentionAttention,
+    PooledScores,
+    TokenDroppingAttention,
+    Window,
+)
 
 DIM = 16
 ATTENTION = Attention(num_heads=4, num_kv_heads=2)
@@ -19,6 +30,10 @@ TABLE = {
     Attention: ATTENTION,
     PattentionAttention: PattentionAttention(
         num_heads=4, num_kv_heads=2, pattention=Pattention(tokens=8)
+    ),
+    TokenDroppingAttention: TokenDroppingAttention(
+        num_heads=4, num_kv_heads=2, informativeness=PooledScores(), block=3,
+        kept=KeptShare(share=0.6),
     ),
     MMATE: MMATE(
         attention=ATTENTION, grid=Grid(height=3, width=4, start=1), shifted=True, chunk=8,
