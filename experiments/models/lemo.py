@@ -1,19 +1,59 @@
-import dataclasses
-from collections.abc import Sequence
+"""LeMo: adapters of a small decoder tuned on long texts, half of the tokens left out in two layers.
 
+The base reads texts of 64 tokens: words of which each is followed by one of four, ten facts, and
+questions after them. Its adapters of rank 8 are then tuned on texts of 1024 tokens with six facts,
+two rows a step. In the second and third of four layers half of the blocks of 64 tokens are kept, as
+predictors say that were fitted to the frozen base before, or by chance; backward passes of
+feed-forward layers see a fifth of the columns. Each arm is read as it was tuned, and as the plain
+model with the tuned adapters, which is what one would use.
+
+Paper:    Wang et al., "LeMo: Enabling LEss Token Involvement for MOre Context Fine-tuning", 2025,
+          arXiv:2501.09767 (published as JENGA)
+Command:  python -m tokenlab study experiments/models/lemo.py
+Hardware: two CPU cores
+Expected: TODO
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
-from tokenlab.core.arrays import Int, Weights
-from tokenlab.core.context import Context
+from tokenlab import config as configs
+from tokenlab.core.arrays import Array, Int, Weights
+from tokenlab.core.context import Context, View
 from tokenlab.data import TaskSource
 from tokenlab.data.tasks import AlphabetTokenizer, Problem, Task, TaskBatch
 from tokenlab.data.tasks.alphabet import FIRST_SYMBOL
 from tokenlab.data.tasks.base import UNDEFINED, Seed, task_batch
 from tokenlab.experiment import Experiment
-from tokenlab.models import llama
-from tokenlab.objectives import NextToken, Objective, Term, TokenWeights
-from tokenlab.train.optimizer import Muon, WarmupStableDecay
+from tokenlab.models import (
+    ADAPTERS,
+    KeptShare,
+    LowRank,
+    PredictedScores,
+    RandomScores,
+    Transformer,
+    lemo,
+    llama,
+    taken_over,
+    with_adapter,
+)
+from tokenlab.models.adapters import drawn
+from tokenlab.objectives import AuxiliaryTerm, NextToken, Objective, Term, TokenWeights
+from tokenlab.study import Bound, Claim, Measured, Study, Trial
+from tokenlab.study.trained import trained
+from tokenlab.train.optimizer import AdamW, Muon, WarmupStableDecay
+from tokenlab.train.run import Run
+from tokenlab.train.step import StepMetrics
+
+Arm = Literal["LoRA", "LeMo", "tokens only", "random"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,16 +170,23 @@ class Asked(TokenWeights):
 
 SHORT = PlantedFacts(size=64, facts=10, span=1024)
 LONG = PlantedFacts()
+SOURCE = TaskSource(task=LONG)
 OBJECTIVE = Objective(
     terms={
         "next_token": Term(loss=NextToken()),
         "facts": Term(loss=NextToken(), tokens=Asked(task=LONG)),
     }
 )
+FIT = Objective(terms={"predictor": AuxiliaryTerm(name="predictor")})
+ADAPTER = LowRank(rank=8, targets=("q", "k", "v", "out"))
+LAYERS = (1, 2)  # the second and third of four
+PREDICTED = PredictedScores(hidden=64)
+HALF = KeptShare(share=0.5)
+ROWS, FIT_STEPS, STEPS, HELD_OUT = 2, 60, 60, 32
 
 
 def config() -> Experiment:
-    """The base: facts of short texts."""
+    """The base, which reads short texts, with positions of long ones."""
     return Experiment(
         name="lemo",
         tokenizer=SHORT.tokenizer,
@@ -151,5 +198,162 @@ def config() -> Experiment:
         ),
         objective=OBJECTIVE,
         optimizer=Muon(learning_rate=WarmupStableDecay(peak=1e-2), weight_decay=0.01),
-        steps=1500,
+        steps=500,
     )  # fmt: skip
+
+
+def fitting() -> Experiment:
+    """The first stage: predictors on long texts; nothing else moves, and nothing is dropped."""
+    whole = lemo(
+        config().model, layers=LAYERS, kept=KeptShare(share=1.0), informativeness=PREDICTED
+    )
+    changes = {
+        "data": SOURCE,
+        "batch_size": ROWS,
+        "model": whole,
+        "objective": FIT,
+        "optimizer": AdamW(
+            learning_rate=WarmupStableDecay(peak=3e-3), trained=("*/informativeness/*",)
+        ),
+        "steps": FIT_STEPS,
+    }
+    return configs.replace(config(), changes)
+
+
+def tuning(model: Transformer) -> Experiment:
+    """The second stage: adapters of attention, on long texts."""
+    changes = {
+        "data": SOURCE,
+        "batch_size": ROWS,
+        "model": model,
+        "optimizer": AdamW(learning_rate=WarmupStableDecay(peak=3e-3), trained=ADAPTERS),
+        "steps": STEPS,
+    }
+    return configs.replace(config(), changes)
+
+
+@functools.cache
+def base() -> View:
+    """The base, trained."""
+    return trained(config())[0]
+
+
+@functools.cache
+def run_of(stage: Literal["fit"] | Arm) -> Run:
+    """A stage with everything resolved; one program for all seeds."""
+    experiment = fitting() if stage == "fit" else tuning(arms()[stage])
+    return Run.of(experiment, tokenizer=SHORT.tokenizer)
+
+
+@functools.cache
+def arms() -> dict[Arm, Transformer]:
+    """The models that are tuned."""
+    plain = with_adapter(config().model, ADAPTER)
+    drop = functools.partial(lemo, plain, layers=LAYERS, kept=HALF)
+    return {
+        "LoRA": plain,
+        "LeMo": drop(informativeness=PREDICTED, pruned=0.8),
+        "tokens only": drop(informativeness=PREDICTED),
+        "random": drop(informativeness=RandomScores(), pruned=0.8),
+    }
+
+
+@functools.cache
+def temporary(arm: Arm) -> int:
+    """Bytes that the compiled step needs beside its arguments and results."""
+    compiled = run_of(arm).trainer.lower(batch_size=ROWS, length=LONG.size).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def trained_on(run: Run, params: PyTree, *, seed: int) -> tuple[PyTree, StepMetrics]:
+    """Parameters after the steps of a stage on the texts of ``seed``, and the last metrics."""
+    state = run.trainer.init(params)
+    batches = iter(SOURCE.batches(tokenizer=SHORT.tokenizer, batch_size=ROWS, seed=seed))
+    for batch in itertools.islice(batches, run.total_steps):
+        state, metrics = run.trainer.step(state, run.trainer.put(batch))
+    return state.params, metrics
+
+
+@functools.cache
+def fitted(seed: int) -> PyTree:
+    """The base with predictors that were fitted to it."""
+    run = run_of("fit")
+    first = drawn(run.experiment.model, jax.random.key(seed))
+    return trained_on(run, taken_over(first, base().params), seed=seed)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(model: Transformer, params: PyTree, batch: Mapping[str, Array]) -> dict[str, Array]:
+    """Sums over a batch: nats, right answers, and kept tokens that the true scores would keep."""
+    view = View(model=model, params=params)
+    context = Context(batch=batch, views={"policy": view}, key=jax.random.key(0))
+    output = context.output()
+    best = jnp.argmax(view(output.hidden, method="logits"), axis=-1)
+    asked = Asked(task=LONG)(context) * batch["weights"]
+    figures = output.trace.figures
+    kept, informative = (figures.get(name, jnp.zeros(())) for name in ("kept", "informative"))
+    return {
+        "loss": jnp.sum(-context.token_logp() * batch["weights"]) / jnp.sum(batch["weights"]),
+        "facts": jnp.sum((best == batch["targets"]) * asked) / jnp.sum(asked),
+        "recall": jnp.sum(kept * informative) / jnp.maximum(jnp.sum(informative), 1),
+    }
+
+
+def held_out(model: Transformer, params: PyTree) -> dict[str, float]:
+    """Means over texts that nobody trained on."""
+    source = dataclasses.replace(SOURCE, split="held_out")
+    batches = iter(source.batches(tokenizer=SHORT.tokenizer, batch_size=4, seed=0))
+    found = [
+        jax.device_get(read(model, params, {k: v for k, v in batch.items() if k != "documents"}))
+        for batch in itertools.islice(batches, HELD_OUT // 4)
+    ]
+    return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuned(Trial):
+    """The base after its adapters were tuned on long texts.
+
+    Attributes:
+        arm: which of ``arms``.
+    """
+
+    arm: Arm
+
+    def measure(self, *, seed: int) -> Measured:
+        """Of the plain model with the tuned adapters, and of the one that was tuned, as it ran."""
+        run = run_of(self.arm)
+        model = run.experiment.model
+        params = fitted(seed) if self.arm in ("LeMo", "tokens only") else base().params
+        params = taken_over(drawn(model, jax.random.key(seed)), params)
+        params, metrics = trained_on(run, params, seed=seed)
+        plain, ours = held_out(arms()["LoRA"], params), held_out(model, params)
+        figures = {
+            "held_out/loss": plain["loss"],
+            "held_out/facts": plain["facts"],
+            "as_tuned/loss": ours["loss"],
+            "as_tuned/facts": ours["facts"],
+            "predictor/recall": ours["recall"],
+            "memory/share": temporary(self.arm) / temporary("LoRA"),
+            "memory/temporary_mb": temporary(self.arm) / 1e6,
+            "memory/saved_mb": float(metrics.ledger.saved_bytes) / 1e6,
+        }
+        return Measured(figures=figures, costs={"tuned_tokens": STEPS * ROWS * LONG.size})
+
+
+def study() -> Study:
+    """Half of the tokens in two layers, chosen and by chance, beside all of them."""
+    ours = functools.partial(Claim, arm="LeMo")
+    return Study(
+        name="lemo",
+        question="Can adapters be tuned on the tokens that matter, in less memory?",
+        arms={arm: Tuned(arm=arm) for arm in arms()},
+        matched="tuned_tokens",
+        claims=(
+            ours(than="LoRA", metric="held_out/loss", margin=-0.03, relative=True),
+            ours(than="random", metric="as_tuned/loss"),
+            ours(than="random", metric="as_tuned/facts", better="higher", margin=0.1),
+            Bound(arm="LeMo", metric="memory/share", limit=0.85, side="below"),
+            Bound(arm="LeMo", metric="predictor/recall", limit=0.85),
+        ),
+    )
