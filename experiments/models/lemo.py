@@ -51,7 +51,6 @@ from tokenlab.study import Bound, Claim, Measured, Study, Trial
 from tokenlab.study.trained import trained
 from tokenlab.train.optimizer import AdamW, Muon, WarmupStableDecay
 from tokenlab.train.run import Run
-from tokenlab.train.step import StepMetrics
 
 Arm = Literal["LoRA", "LeMo", "tokens only", "random"]
 
@@ -262,16 +261,19 @@ def arms() -> dict[Arm, Transformer]:
 def temporary(arm: Arm) -> int:
     """Bytes that the compiled step needs beside its arguments and results."""
     compiled = run_of(arm).trainer.lower(batch_size=ROWS, length=LONG.size).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
 
 
-def trained_on(run: Run, params: PyTree, *, seed: int) -> tuple[PyTree, StepMetrics]:
-    """Parameters after the steps of a stage on the texts of ``seed``, and the last metrics."""
-    state = run.trainer.init(params)
+def trained_on(run: Run, params: PyTree, *, seed: int) -> tuple[PyTree, float]:
+    """Parameters after a stage on the texts of ``seed``, and the bytes that a step saves."""
+    state, saved = run.trainer.init(params), 0.0
     batches = iter(SOURCE.batches(tokenizer=SHORT.tokenizer, batch_size=ROWS, seed=seed))
     for batch in itertools.islice(batches, run.total_steps):
         state, metrics = run.trainer.step(state, run.trainer.put(batch))
-    return state.params, metrics
+        saved = metrics.ledger.saved_bytes
+    return state.params, float(saved)
 
 
 @functools.cache
@@ -326,7 +328,7 @@ class Tuned(Trial):
         model = run.experiment.model
         params = fitted(seed) if self.arm in ("LeMo", "tokens only") else base().params
         params = taken_over(drawn(model, jax.random.key(seed)), params)
-        params, metrics = trained_on(run, params, seed=seed)
+        params, saved = trained_on(run, params, seed=seed)
         plain, ours = held_out(arms()["LoRA"], params), held_out(model, params)
         figures = {
             "held_out/loss": plain["loss"],
@@ -336,7 +338,7 @@ class Tuned(Trial):
             "predictor/recall": ours["recall"],
             "memory/share": temporary(self.arm) / temporary("LoRA"),
             "memory/temporary_mb": temporary(self.arm) / 1e6,
-            "memory/saved_mb": float(metrics.ledger.saved_bytes) / 1e6,
+            "memory/saved_mb": saved / 1e6,
         }
         return Measured(figures=figures, costs={"tuned_tokens": STEPS * ROWS * LONG.size})
 

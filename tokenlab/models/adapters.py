@@ -52,14 +52,11 @@ def with_adapter(model: Transformer, adapter: LowRank | None) -> Transformer:
         UserError: a target names no projection of the model.
     """
 
+    def part(layer: Any) -> Any:
+        return layer.clone(adapter=adapter) if hasattr(layer, "adapter") else layer
+
     def block(kind: Block) -> Block:
-        parts = {"mixer": kind.mixer, "feedforward": kind.feedforward}
-        return kind.clone(
-            **{
-                name: part.clone(adapter=adapter) if hasattr(part, "adapter") else part
-                for name, part in parts.items()
-            }
-        )
+        return kind.clone(mixer=part(kind.mixer), feedforward=part(kind.feedforward))
 
     blocks = tuple(map(block, model.block.kinds()))
     model = model.clone(block=blocks[0] if len(blocks) == 1 else BlockPattern(blocks=blocks))

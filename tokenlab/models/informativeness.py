@@ -137,8 +137,7 @@ class PredictedScores(Informativeness):
     Reference: as ``Informativeness``: arXiv:2501.09767.
 
     Differences from the paper: ``M̂`` is fitted to the symmetric ``M``, so that both are summed
-    over rows in the same way. Released code removes the units of the second layer before it knows
-    which of them the first one's would have kept alive; here likewise.
+    over rows in the same way.
 
     Attributes:
         hidden: units of the first layer; the second has as many as a block has entries.

@@ -282,9 +282,10 @@ class GatedFeedForward(FeedForward):
 
     def flops(self, dim: int) -> int:
         """Three projections, with what is added to them."""
-        names = () if self.adapter is None else ("gate", "up", "down")
-        added = sum(self.adapter.flops(name, dim, self.hidden_dim) for name in names)
-        return 2 * 3 * dim * self.hidden_dim + added
+        plain, names = 2 * 3 * dim * self.hidden_dim, ("gate", "up", "down")
+        if self.adapter is None:
+            return plain
+        return plain + sum(self.adapter.flops(name, dim, self.hidden_dim) for name in names)
 
 
 class SwiGLU(GatedFeedForward):

@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from tokenlab.core.arrays import Array, Bool, Hidden, Positions, Prompt, Scalar, Segments
+from tokenlab.core.arrays import Array, Bool, Hidden, Int, Positions, Prompt, Scalar, Segments
 from tokenlab.core.errors import UserError
 from tokenlab.core.reports import REPORTS, report
 from tokenlab.models.attention import Attention, Memory
@@ -26,7 +26,7 @@ from tokenlab.models.informativeness import (
 )
 from tokenlab.models.layers import FeedForward, SwiGLU
 from tokenlab.models.pruned_backward import PrunedSwiGLU
-from tokenlab.models.transformer import BlockPattern, Transformer
+from tokenlab.models.transformer import Block, BlockPattern, Transformer
 from tokenlab.routing import Route
 
 
@@ -97,7 +97,7 @@ class TokenDroppingAttention(Attention):
         def tiles() -> TileScores:
             return jax.lax.stop_gradient(self._tile_scores(x, **where))
 
-        there = self._blocks(valid)
+        there = self._there(valid)
         scores = self.informativeness(
             jnp.where(valid[..., None], x, 0),
             block=self.block,
@@ -112,12 +112,12 @@ class TokenDroppingAttention(Attention):
             capacity=min(kept.shape[1], self.block * self.kept.slots(there.shape[1])),
             aux={},
         )
-        picked = {name: jnp.take_along_axis(rows, route.index, 1) for name, rows in where.items()}
-        picked["segments"] = jnp.where(route.valid(), picked["segments"], 0)
-        out, _ = super().__call__(route.gather(x), **picked)
+        own, of = (jnp.take_along_axis(each, route.index, 1) for each in (positions, segments))
+        of = jnp.where(route.valid(), of, 0)
+        out, _ = super().__call__(route.gather(x), positions=own, segments=of)
         if self.is_mutable_collection(REPORTS):
             true = self.kept(jnp.sum(tiles(), axis=1), there=there)
-            self._report(x.shape[-1], kept, self._tokens(true, valid), picked)
+            self._report(x.shape[-1], kept, self._tokens(true, valid), own, of)
         return route.scatter_add(jnp.zeros_like(x), out), None
 
     def _report(
@@ -125,10 +125,11 @@ class TokenDroppingAttention(Attention):
         dim: int,
         kept: Bool[Array, "B T"],
         informative: Bool[Array, "B T"],
-        picked: Mapping[str, Array],
+        positions: Int[Array, "B C"],
+        segments: Int[Array, "B C"],
     ) -> None:
-        once = (picked["segments"] > 0)[None]
-        pairs = super().pairs(active=once, read=once, **picked)
+        once = (segments > 0)[None]
+        pairs = super().pairs(active=once, read=once, positions=positions, segments=segments)
         tokens = jnp.sum(kept, dtype=jnp.float32)
         report(
             self,
@@ -139,7 +140,7 @@ class TokenDroppingAttention(Attention):
             pairs=pairs,
         )  # fmt: skip
 
-    def _blocks(self, valid: Bool[Array, "B T"]) -> Bool[Array, "B N"]:
+    def _there(self, valid: Bool[Array, "B T"]) -> Bool[Array, "B N"]:
         """Blocks that hold a token."""
         padded = jnp.pad(valid, ((0, 0), (0, -valid.shape[1] % self.block)))
         return jnp.any(padded.reshape(len(valid), -1, self.block), axis=2)
@@ -224,7 +225,7 @@ def lemo(
         if pruned is not None:
             kind = kind.clone(feedforward=_pruned(kind.feedforward, pruned))
         blocks.append(kind)
-    return model.clone(block=blocks[0] if len(blocks) == 1 else BlockPattern(blocks=tuple(blocks)))
+    return model.clone(block=_layers(blocks))
 
 
 def _pruned(layer: FeedForward, share: float) -> FeedForward:
@@ -253,29 +254,38 @@ def shrunk(
     Reference: as ``TokenDroppingAttention``: arXiv:2501.09767.
     """
     idle = _idle(model, params, batches)
-    kinds = model.block.kinds()
-    blocks, params = [], dict(params)
+    kinds, blocks, params = model.block.kinds(), [], dict(params)
     for i in range(model.num_layers):
         kind, name = kinds[i % len(kinds)], f"block_{i}"
-        mixer = kind.mixer
         if name in idle:
-            assert isinstance(mixer, TokenDroppingAttention)
-            predictor, units = dict(params[name]["mixer"]["informativeness"]), []
-            for side in "qk":
-                for number in (1, 2):
-                    busy = np.flatnonzero(idle[name][f"idle_{side}_{number}"] < share)
-                    own, following = f"{side}_{number}", f"{side}_{number + 1}"
-                    if len(busy) == 0:
-                        busy = np.arange(len(idle[name][f"idle_{side}_{number}"]))
-                    predictor[own] = {"kernel": predictor[own]["kernel"][:, busy]}
-                    predictor[following] = {"kernel": predictor[following]["kernel"][busy]}
-                    units.append(len(busy))
-            scores = mixer.informativeness.clone(units=tuple(units))
-            kind = kind.clone(mixer=mixer.clone(informativeness=scores))
-            attention = dict(params[name]["mixer"]) | {"informativeness": predictor}
-            params[name] = dict(params[name]) | {"mixer": attention}
+            attention = dict(params[name]["mixer"])
+            predictor, units = _busy(attention["informativeness"], idle[name], share)
+            scores = kind.mixer.informativeness.clone(units=units)
+            kind = kind.clone(mixer=kind.mixer.clone(informativeness=scores))
+            params[name] = params[name] | {"mixer": attention | {"informativeness": predictor}}
         blocks.append(kind)
-    return model.clone(block=BlockPattern(blocks=tuple(blocks))), params
+    return model.clone(block=_layers(blocks)), params
+
+
+def _busy(
+    predictor: PyTree, idle: Mapping[str, np.ndarray], share: float
+) -> tuple[PyTree, tuple[int, ...]]:
+    """The predictor without idle units, and how many of each layer are left."""
+    predictor, units = dict(predictor), []
+    for side in "qk":
+        for number in (1, 2):
+            own, following = f"{side}_{number}", f"{side}_{number + 1}"
+            busy = np.flatnonzero(idle[f"idle_{own}"] < share)
+            if len(busy) == 0:
+                busy = np.arange(len(idle[f"idle_{own}"]))
+            predictor[own] = {"kernel": predictor[own]["kernel"][:, busy]}
+            predictor[following] = {"kernel": predictor[following]["kernel"][busy]}
+            units.append(len(busy))
+    return predictor, tuple(units)
+
+
+def _layers(blocks: Sequence[Block]) -> Block | BlockPattern:
+    return blocks[0] if len(blocks) == 1 else BlockPattern(blocks=tuple(blocks))
 
 
 def _idle(
@@ -285,17 +295,21 @@ def _idle(
 
     @jax.jit
     def run(batch: Mapping[str, Array]) -> Any:
-        where = {name: batch[name] for name in ("positions", "segments")}
         _, kept = model.apply(
-            {"params": params}, batch["tokens"], **where, mutable=["intermediates"]
+            {"params": params},
+            batch["tokens"],
+            positions=batch["positions"],
+            segments=batch["segments"],
+            mutable=["intermediates"],
         )
+        found: dict[str, Any] = dict(kept["intermediates"])
         return {
             layer: {
                 name: value[0]
                 for name, value in parts["mixer"]["informativeness"].items()
                 if name.startswith("idle_")
             }
-            for layer, parts in kept["intermediates"].items()
+            for layer, parts in found.items()
             if "informativeness" in parts.get("mixer", {})
         }
 
