@@ -36,7 +36,7 @@ class Reports:
     aux: dict[str, Weighted]
     figures: dict[str, Float[Array, "L B T"]]
     flops: Scalar
-    pairs: Scalar
+    pairs: Scalar | float
 
 
 def report(
