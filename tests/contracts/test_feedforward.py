@@ -23,6 +23,7 @@ from tokenlab.models import (
     MixtureOfExperts,
     Pattention,
     PattentionFeedForward,
+    PrunedSwiGLU,
     RoutedFeedForward,
     SwiGLU,
 )
@@ -94,6 +95,7 @@ class Row(NamedTuple):
 
 TABLE = {
     SwiGLU: Row(SwiGLU(hidden_dim=HIDDEN), gated(silu), 6 * DIM * HIDDEN),
+    PrunedSwiGLU: Row(PrunedSwiGLU(hidden_dim=HIDDEN, pruned=0.5), gated(silu), 6 * DIM * HIDDEN),
     GeGLU: Row(GeGLU(hidden_dim=HIDDEN), gated(gelu), 6 * DIM * HIDDEN),
     MixtureOfExperts: Row(
         MixtureOfExperts(num_experts=5, hidden_dim=HIDDEN, gate=TopKGate(k=2)), experts, 10 * DIM

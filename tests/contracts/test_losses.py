@@ -25,6 +25,7 @@ from tokenlab.objectives import (
     NextToken,
     Objective,
     SmoothedNextToken,
+    TargetRange,
     TeacherKL,
     Term,
     TokenLoss,
@@ -101,7 +102,10 @@ LOSSES = {
     TeacherKL: Row(TeacherKL(), relative_entropy),
     ZLoss: Row(ZLoss(), lambda logits, targets: log_z(logits) ** 2),
 }
-WEIGHTS = {AllTokens: (AllTokens(), False)}
+WEIGHTS = {
+    AllTokens: (AllTokens(), False),
+    TargetRange: (TargetRange(first=2, last=5), False),
+}
 every = pytest.mark.parametrize("member", LOSSES)
 
 

@@ -16,10 +16,13 @@ from tokenlab.models import (
     Attention,
     Forecaster,
     Grid,
+    KeptShare,
     Mixer,
     Pattention,
     PattentionAttention,
+    PooledScores,
     RoutedMixer,
+    TokenDroppingAttention,
     Window,
 )
 from tokenlab.routing import LearnedOption
@@ -33,6 +36,10 @@ TABLE = {
     ),
     RoutedMixer: RoutedMixer(
         unit=ATTENTION, stand_ins=(Forecaster(rank=3),), router=LearnedOption()
+    ),
+    TokenDroppingAttention: TokenDroppingAttention(
+        num_heads=4, num_kv_heads=2, informativeness=PooledScores(), block=3,
+        kept=KeptShare(share=0.6),
     ),
     MMATE: MMATE(
         attention=ATTENTION, grid=Grid(height=3, width=4, start=1), shifted=True, chunk=8,

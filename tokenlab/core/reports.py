@@ -19,7 +19,7 @@ from tokenlab.core.arrays import Array, Float, Scalar
 from tokenlab.core.weighted import Weighted
 
 REPORTS = "reports"
-_FLOPS = "flops"
+_FLOPS, _PAIRS = "flops", "pairs"
 
 
 @flax.struct.dataclass
@@ -29,12 +29,14 @@ class Reports:
     Attributes:
         aux: auxiliary losses by name, one entry per layer that reports it.
         figures: figures of tokens by name, such as how many experts each ran.
-        flops: operations that depend on the tokens, which ``FeedForward.flops`` leaves out.
+        flops: operations that depend on the tokens, which ``flops`` of a layer leaves out.
+        pairs: query-key pairs that depend on the tokens, which ``Mixer.pairs`` leaves out.
     """
 
     aux: dict[str, Weighted]
     figures: dict[str, Float[Array, "L B T"]]
     flops: Scalar
+    pairs: Scalar | float
 
 
 def report(
@@ -43,25 +45,31 @@ def report(
     aux: Mapping[str, Weighted] | None = None,
     figures: Mapping[str, Float[Array, "B T"]] | None = None,
     flops: Scalar | None = None,
+    pairs: Scalar | None = None,
 ) -> None:
     """Reports of one call of ``layer``; the arguments are those of :class:`Reports`."""
     for part in (aux, figures):
         for name, value in (part or {}).items():
             layer.sow(REPORTS, name, value)
-    if flops is not None:
-        layer.sow(REPORTS, _FLOPS, flops)
+    for name, count in ((_FLOPS, flops), (_PAIRS, pairs)):
+        if count is not None:
+            layer.sow(REPORTS, name, count)
 
 
 def gathered(variables: Mapping[str, PyTree]) -> Reports:
     """The reports among a module's variables; empty where none was made."""
     found: dict[str, list[Any]] = {}
     _collect(variables.get(REPORTS, {}), found)
-    flops = found.pop(_FLOPS, [])
+    flops, pairs = (
+        sum((jnp.sum(one) for one in found.pop(name, [])), start=jnp.float32(0))
+        for name in (_FLOPS, _PAIRS)
+    )
     aux = {name: of for name, of in found.items() if isinstance(of[0], Weighted)}
     return Reports(
         aux={name: jax.tree.map(_flat, *of) for name, of in aux.items()},
         figures={name: _stacked(of) for name, of in found.items() if name not in aux},
-        flops=sum((jnp.sum(one) for one in flops), start=jnp.float32(0)),
+        flops=flops,
+        pairs=pairs,
     )
 
 

@@ -39,6 +39,7 @@ class DepthTrace:
         figures: figures of tokens by name, of the program and those that layers report, as
             ``core.reports`` says.
         flops: operations that layers report beside those that every token costs.
+        pairs: query-key pairs that layers report beside those that their rules admit.
         streams: the stream as it leaves each of N depths, for losses of all of them, or None; the
             model's are normalised.
     """
@@ -49,6 +50,7 @@ class DepthTrace:
     read: Bool[Array, "R B T"] | None = None
     figures: dict[str, Float[Array, "L B T"]] = flax.struct.field(default_factory=dict)
     flops: Scalar | float = 0.0
+    pairs: Scalar | float = 0.0
     streams: Float[Array, "N B T D"] | None = None
 
     def reporting(self, reports: Reports) -> DepthTrace:
@@ -58,6 +60,7 @@ class DepthTrace:
             aux=self.aux | reports.aux,
             figures=self.figures | reports.figures,
             flops=reports.flops,
+            pairs=reports.pairs,
         )
 
     def asking(self) -> Bool[Array, "R B T"]:

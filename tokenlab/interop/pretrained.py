@@ -19,7 +19,7 @@ from tokenlab.interop.families import family_named, family_of
 from tokenlab.interop.gguf_file import GgufFile
 from tokenlab.interop.gguf_tokenizer import tokenizer_of
 from tokenlab.interop.tensors import read_params, written_params
-from tokenlab.models import Transformer, unrolled
+from tokenlab.models import Transformer, unrolled, with_adapter
 from tokenlab.tokenizers import PretrainedTokenizer, Tokenizer
 
 _CONFIG, _INDEX, _WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -84,8 +84,11 @@ def save_pretrained(
         tokenizer: of a published model; None writes the model alone.
 
     Raises:
-        UserError: no family holds the model, or the tokenizer has no published form.
+        UserError: the model has adapters, no family holds it, or the tokenizer has no published
+            form.
     """
+    if model != with_adapter(model, None):
+        raise UserError("the model has adapters; save models.merged(model, params) instead")
     model, params = unrolled(model, params)
     family = family_of(model)
     tensors = dict(written_params(model, family, params))

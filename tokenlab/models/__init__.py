@@ -1,5 +1,6 @@
 """Pure Linen models and their parts."""
 
+from tokenlab.models.adapters import ADAPTERS, adapted, merged, with_adapter
 from tokenlab.models.attention import Attention, Mixer
 from tokenlab.models.capsule import CapsuleTransformer
 from tokenlab.models.expert_schedules import (
@@ -17,6 +18,15 @@ from tokenlab.models.flex_ma import FlexMA
 from tokenlab.models.forecasters import fit_forecasters, reduced_rank
 from tokenlab.models.grid import Grid, Window
 from tokenlab.models.heads import Head, LinearHead, TiedHead, VQHead
+from tokenlab.models.informativeness import (
+    Informativeness,
+    KeptAbove,
+    KeptBlocks,
+    KeptShare,
+    PooledScores,
+    PredictedScores,
+    RandomScores,
+)
 from tokenlab.models.layers import (
     FeedForward,
     GatedFeedForward,
@@ -33,8 +43,10 @@ from tokenlab.models.layers import (
 )
 from tokenlab.models.linmu import MMATE, linmu, with_teacher
 from tokenlab.models.local_windows import LocalWindows
+from tokenlab.models.pruned_backward import PrunedSwiGLU
 from tokenlab.models.routed import given_options, with_base, with_stand_ins
 from tokenlab.models.stand_ins import Forecaster, RoutedFeedForward, RoutedMixer
+from tokenlab.models.token_dropping import TokenDroppingAttention, lemo, shrunk
 from tokenlab.models.token_former import (
     Pattention,
     PattentionAttention,
@@ -55,6 +67,7 @@ from tokenlab.models.transformer import (
 )
 
 __all__ = [
+    "ADAPTERS",
     "MMATE",
     "AscendingExperts",
     "Attention",
@@ -70,7 +83,11 @@ __all__ = [
     "GeGLU",
     "Grid",
     "Head",
+    "Informativeness",
     "InversePyramidExperts",
+    "KeptAbove",
+    "KeptBlocks",
+    "KeptShare",
     "Linear",
     "LinearHead",
     "LinearScaling",
@@ -83,31 +100,41 @@ __all__ = [
     "Pattention",
     "PattentionAttention",
     "PattentionFeedForward",
+    "PooledScores",
+    "PredictedScores",
+    "PrunedSwiGLU",
     "PyramidExperts",
     "RMSNorm",
+    "RandomScores",
     "Rotary",
     "RotaryScaling",
     "RoutedFeedForward",
     "RoutedMixer",
     "SwiGLU",
     "TiedHead",
+    "TokenDroppingAttention",
     "Transformer",
     "UniformExperts",
     "VQHead",
     "WaveExperts",
     "Window",
+    "adapted",
     "fit_forecasters",
     "for_decoding",
     "given_options",
+    "lemo",
     "linmu",
     "llama",
+    "merged",
     "reduced_rank",
     "rotate",
+    "shrunk",
     "token_former",
     "transformer_1m",
     "transformer_15m",
     "transformer_135m",
     "unrolled",
+    "with_adapter",
     "with_base",
     "with_expert_schedule",
     "with_stand_ins",

@@ -27,7 +27,7 @@ from tokenlab.core.arrays import (
 )
 from tokenlab.core.errors import UserError
 from tokenlab.core.per_device import per_device
-from tokenlab.models.layers import Linear, RMSNorm, Rotary, RotaryScaling
+from tokenlab.models.layers import Linear, LowRank, RMSNorm, Rotary, RotaryScaling
 
 # What a layer may be given to read beside the tokens themselves.
 Memory = LayerCache | SharedKeys
@@ -55,6 +55,11 @@ class Mixer(nn.Module, abc.ABC):
         train: bool = False,
     ) -> tuple[Hidden, Memory | None]:
         """The mixed tokens and the cache with theirs appended."""
+
+    @nn.nowrap
+    def causal_twin(self) -> Mixer:
+        """The mixer to evaluate and decode with, on the same parameters; itself if causal."""
+        return self
 
     @abc.abstractmethod
     def heads(self, dim: int) -> Heads:
@@ -105,6 +110,7 @@ class Attention(Mixer):
         rope_scaling: change of the rotary frequencies, or None.
         scale: factor of the scores; None is head width ** -0.5.
         prefill: attention of a whole prompt with itself, or None for all of what the rule shows.
+        adapter: what is added to the kernels of projections, or None.
     """
 
     num_heads: int
@@ -119,6 +125,7 @@ class Attention(Mixer):
     rope_scaling: RotaryScaling | None = None
     scale: float | None = None
     prefill: PrefillAttention | None = None
+    adapter: LowRank | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -298,8 +305,12 @@ class Attention(Mixer):
 
     def flops(self, dim: int, *, projects: bool = True) -> int:
         """Queries and output, and keys and values where tokens get them."""
-        heads = self.num_heads + (self.num_kv_heads if projects else 0)
-        return 2 * 2 * dim * self.width(dim) * heads
+        queries, keys = (count * self.width(dim) for count in (self.num_heads, self.num_kv_heads))
+        names = {"q": queries, "out": queries} | ({"k": keys, "v": keys} if projects else {})
+        plain = 2 * dim * sum(names.values())
+        if self.adapter is None:
+            return plain
+        return plain + sum(self.adapter.flops(name, dim, to) for name, to in names.items())
 
     def flops_per_pair(self, dim: int) -> int:
         """One product for the score and one for the value, in every query head."""
@@ -336,4 +347,4 @@ class Attention(Mixer):
         self, x: Hidden, features: int, *, name: str, axes: tuple[str, str], bias: bool = False
     ) -> Float[Array, "B T F"]:
         """The four projections; what another kind of projection replaces."""
-        return Linear(features, axes=axes, bias=bias, name=name)(x)
+        return Linear(features, axes=axes, bias=bias, adapter=self.adapter, name=name)(x)

@@ -123,7 +123,7 @@ class CapsuleTransformer(Transformer):
             first = _gathered(jnp.where(segments[..., None] == 1, slot, -1), capsules, self.slots)
             nats, weights, cost = self._read_back(run, first, plan)
             aux, flops = {"plan": Weighted.of(nats, weights)}, flops + cost
-        own = Reports(aux=aux, figures={}, flops=out.trace.flops + flops)
+        own = Reports(aux=aux, figures={}, flops=out.trace.flops + flops, pairs=out.trace.pairs)
         return dataclasses.replace(out, trace=out.trace.reporting(own))
 
     def latents(

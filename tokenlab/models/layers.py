@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import fnmatch
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ class Linear(nn.Module):
         axes: logical names of the kernel's two axes.
         bias: whether a bias is added.
         zero: whether the kernel starts at zero.
-        adapter: what is added to the kernel, or None.
+        adapter: what is added to the kernel if it is for a projection of this name, or None.
     """
 
     features: int
@@ -46,13 +47,15 @@ class Linear(nn.Module):
             bias = parameter(self, "bias", nn.initializers.zeros, shape[1:], self.axes[1:])
             flat += bias.astype(x.dtype)[None]
         out = flat.reshape(*x.shape[:-1], self.features)
-        if self.adapter is None:
+        if self.adapter is None or not self.adapter.adapts(self.name):
             return out
         return out + self.adapter.copy(parent=self, name="adapter")(x, axes=self.axes, like=out)
 
 
 class LowRank(nn.Module):
     """A change of low rank to a kernel: ``y += alpha / rank * (x A) B``, with B zero at the start.
+
+    ``models.adapted`` puts it into a model, ``models.merged`` adds it to the kernels.
 
     Reference: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, "LoRA: Low-Rank Adaptation of
     Large Language Models", 2021, arXiv:2106.09685.
@@ -62,10 +65,23 @@ class LowRank(nn.Module):
     Attributes:
         rank: columns of A.
         alpha: scale of the change at rank 1.
+        targets: patterns (``*`` is any text) of the names of projections that are changed: ``q``,
+            ``k``, ``v`` and ``out`` of attention, ``gate``, ``up`` and ``down``.
     """
 
     rank: int = 16
     alpha: float = 16.0
+    targets: tuple[str, ...] = ("*",)
+
+    @nn.nowrap
+    def adapts(self, name: str | None) -> bool:
+        """Whether it changes the projection ``name``."""
+        return any(fnmatch.fnmatchcase(str(name), target) for target in self.targets)
+
+    @nn.nowrap
+    def flops(self, name: str, inputs: int, outputs: int) -> int:
+        """Operations of a token that it adds to the projection ``name``."""
+        return 2 * self.rank * (inputs + outputs) if self.adapts(name) else 0
 
     @nn.compact
     def __call__(
@@ -242,7 +258,7 @@ class GatedFeedForward(FeedForward):
 
     Attributes:
         hidden_dim: width of the gated layer.
-        adapter: what is added to each of the three kernels, or None.
+        adapter: what is added to kernels, or None.
     """
 
     hidden_dim: int
@@ -266,8 +282,10 @@ class GatedFeedForward(FeedForward):
 
     def flops(self, dim: int) -> int:
         """Three projections, with what is added to them."""
-        rank = 0 if self.adapter is None else self.adapter.rank
-        return 2 * 3 * (dim * self.hidden_dim + rank * (dim + self.hidden_dim))
+        plain, names = 2 * 3 * dim * self.hidden_dim, ("gate", "up", "down")
+        if self.adapter is None:
+            return plain
+        return plain + sum(self.adapter.flops(name, dim, self.hidden_dim) for name in names)
 
 
 class SwiGLU(GatedFeedForward):

@@ -23,7 +23,7 @@ from tokenlab.core.arrays import (
     Segments,
 )
 from tokenlab.core.errors import UserError
-from tokenlab.core.parameters import carried
+from tokenlab.core.parameters import taken_over
 from tokenlab.models.attention import Attention, Memory, Mixer
 from tokenlab.models.flex_ma import FlexMA
 from tokenlab.models.grid import AXES, Axis, Grid, Window
@@ -236,4 +236,4 @@ def with_teacher(params: PyTree, teacher: PyTree) -> PyTree:
         params: of a model that :func:`linmu` gave.
         teacher: parameters of the model it was given.
     """
-    return carried(params, teacher, within=("/flex/", "/local/softmax/"))
+    return taken_over(params, teacher, within=("/flex/", "/local/softmax/"))

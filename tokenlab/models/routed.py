@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from tokenlab.core.arrays import Array, Int, PRNGKeyArray
 from tokenlab.core.errors import UserError
-from tokenlab.core.parameters import carried
+from tokenlab.core.parameters import taken_over
 from tokenlab.depth import Sequential
 from tokenlab.models.attention import Attention
 from tokenlab.models.stand_ins import RoutedFeedForward, RoutedMixer, StandIns
@@ -97,7 +97,7 @@ def with_base(model: Transformer, base: PyTree, *, key: PRNGKeyArray) -> PyTree:
     def taken(base: PyTree) -> PyTree:
         where = {"positions": tokens, "segments": tokens + 1}
         first = nn.meta.unbox(model.init(key, tokens, **where)["params"])
-        return carried(carried(first, base, within=("/unit/",)), base, within=())
+        return taken_over(taken_over(first, base, within=("/unit/",)), base)
 
     return taken(base)
 

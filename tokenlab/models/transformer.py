@@ -46,6 +46,12 @@ class Block(nn.Module):
         """The kinds of layer that take turns: this one alone."""
         return (self,)
 
+    @nn.nowrap
+    def causal_twin(self) -> Block:
+        """The layer to evaluate and decode with, on the same parameters; itself if causal."""
+        twin = self.mixer.causal_twin()
+        return self if twin is self.mixer else self.clone(mixer=twin)
+
     @nn.compact
     def __call__(
         self,
@@ -98,6 +104,11 @@ class BlockPattern(nn.Module):
     def kinds(self) -> tuple[Block, ...]:
         """The kinds of layer that take turns."""
         return tuple(self.blocks)
+
+    @nn.nowrap
+    def causal_twin(self) -> BlockPattern:
+        """The layers to evaluate and decode with, on the same parameters."""
+        return self.clone(blocks=tuple(block.causal_twin() for block in self.blocks))
 
 
 @flax.struct.dataclass
@@ -233,7 +244,7 @@ class Transformer(nn.Module):
     @nn.nowrap
     def causal_twin(self) -> Transformer:
         """The model to evaluate and decode with, on the same parameters; an equal one if causal."""
-        return self.clone(depth=self.depth.causal_twin())
+        return self.clone(block=self.block.causal_twin(), depth=self.depth.causal_twin())
 
     def head_weight(self) -> Float[Array, "V D"] | SharedRows:
         """The vocabulary projection, float32."""
@@ -275,7 +286,7 @@ class Transformer(nn.Module):
             tokens=valid,
             slots=jnp.float32(segments.size),
             block_tokens=jnp.sum(trace.depth).astype(jnp.float32),
-            attended_pairs=jnp.sum(pairs),
+            attended_pairs=jnp.sum(pairs) + trace.pairs,
             flops=self.flops(runs, pairs) + projected + trace.flops,
         )
 

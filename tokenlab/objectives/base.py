@@ -43,6 +43,24 @@ class AllTokens(TokenWeights):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetRange(TokenWeights):
+    """Tokens whose target has an id in a range, such as the answers of a task.
+
+    Attributes:
+        first: the lowest id.
+        last: the id behind the highest.
+    """
+
+    first: int
+    last: int
+
+    def __call__(self, context: Context) -> Weights:
+        """One where ``first <= target < last``, else zero."""
+        targets = context.batch["targets"]
+        return ((targets >= self.first) & (targets < self.last)).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Summand(abc.ABC):
     """One summand of an objective.
 

@@ -11,6 +11,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jaxtyping import PyTree
 from rich.console import Console
 
 from tokenlab.core.context import View
@@ -19,7 +20,7 @@ from tokenlab.core.ledger import Ledger
 from tokenlab.data.base import Batch
 from tokenlab.decode import Completion, Samples
 from tokenlab.experiment import Experiment
-from tokenlab.tokenizers import load_tokenizer, save_tokenizer
+from tokenlab.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from tokenlab.train.checkpoint import Checkpoints
 from tokenlab.train.folder import JsonLines, claim, read_jsonl, write_json
 from tokenlab.train.mesh import placed_on
@@ -53,10 +54,24 @@ class Outcome:
     finished: bool
 
 
-def train(experiment: Experiment, folder: pathlib.Path, *, console: Console) -> Outcome:
+def train(
+    experiment: Experiment,
+    folder: pathlib.Path,
+    *,
+    console: Console,
+    params: PyTree | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Outcome:
     """Trains ``experiment`` in ``folder``, from its newest checkpoint if there is one.
 
     Order of resumption: the run's own newest complete checkpoint, else a fresh state.
+
+    Args:
+        experiment: what to train.
+        folder: the run folder.
+        console: where progress is shown.
+        params: parameters of a fresh state, such as ``models.adapted`` gave; None draws them.
+        tokenizer: of a fresh run, such as a published model's; None is the experiment's.
 
     Raises:
         UserError: the folder, the data or the config cannot be used.
@@ -64,11 +79,11 @@ def train(experiment: Experiment, folder: pathlib.Path, *, console: Console) -> 
     """
     claim(folder, experiment)
     saved = (folder / "tokenizer.json").exists()
-    run = Run.of(experiment, tokenizer=load_tokenizer(folder) if saved else None)
+    run = Run.of(experiment, tokenizer=load_tokenizer(folder) if saved else tokenizer)
     if not saved:
         save_tokenizer(run.tokenizer, folder)
     with Interrupt() as interrupt:
-        return Loop(run, folder, console, interrupt).go()
+        return Loop(run, folder, console, interrupt, params).go()
 
 
 class Interrupt:
@@ -95,14 +110,19 @@ class Loop:
     """One pass over the steps of a run; every side effect of training is here."""
 
     def __init__(
-        self, run: Run, folder: pathlib.Path, console: Console, interrupt: Interrupt
+        self,
+        run: Run,
+        folder: pathlib.Path,
+        console: Console,
+        interrupt: Interrupt,
+        params: PyTree | None = None,
     ) -> None:
         """Restores or initialises the state and opens the logs."""
         self.run, self.folder, self.console, self.interrupt = run, folder, console, interrupt
         self.checkpoints = Checkpoints(folder, options=run.experiment.checkpoint)
         self.data: grain.DatasetIterator[Batch] = run.batches()
         self.counts: dict[str, float] = dict.fromkeys(dataclasses.asdict(Ledger()), 0.0)
-        self.state = self._first_state()
+        self.state = self._first_state(params)
         self.step = int(self.state.step)
         self.metrics = JsonLines(folder / "metrics.jsonl", after_step=self.step)
         self.eval_lines = JsonLines(folder / "evals.jsonl", after_step=self.step)
@@ -113,11 +133,12 @@ class Loop:
         self.pending: tuple[int, StepMetrics, Batch] | None = None
         self.since_log = np.zeros(2)  # slots and operations since the last line
 
-    def _first_state(self) -> TrainState:
+    def _first_state(self, params: PyTree | None) -> TrainState:
         if self.checkpoints.latest is None:
-            return self.run.trainer.init()
+            return self.run.trainer.init(params)
         abstract = self.run.trainer.abstract_state()
-        state, self.counts = self.checkpoints.restore(abstract, data=self.data)
+        state, counts = self.checkpoints.restore(abstract, data=self.data)
+        self.counts |= counts  # which an older run has fewer of
         self.console.print(f"resuming {self.folder} at step {int(state.step)}", soft_wrap=True)
         return state
 

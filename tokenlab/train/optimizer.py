@@ -168,15 +168,23 @@ class Optimizer(abc.ABC):
         moving = self._moving(clock)
         if self.trained == ("*",) and not self.groups:
             return moving
-        patterns = {f"group_{i}": group.parameters for i, group in enumerate(self.groups)}
         parts: dict[Hashable, optax.GradientTransformation] = {
-            label: group.optimizer._moving(clock)
-            for label, group in zip(patterns, self.groups, strict=True)
+            f"group_{i}": group.optimizer._moving(clock) for i, group in enumerate(self.groups)
         }
         parts |= {"trained": moving, "frozen": optax.set_to_zero()}
-        return optax.partition(
-            parts, functools.partial(_labels, patterns | {"trained": self.trained})
-        )
+        return optax.partition(parts, functools.partial(_labels, self._patterns()))
+
+    def _patterns(self) -> dict[str, tuple[str, ...]]:
+        groups = {f"group_{i}": group.parameters for i, group in enumerate(self.groups)}
+        return groups | {"trained": self.trained}
+
+    def moves(self, params: PyTree) -> PyTree:
+        """Whether each parameter is moved: trained, or in a group.
+
+        Raises:
+            UserError: a pattern names no parameter.
+        """
+        return jax.tree.map(lambda label: label != "frozen", _labels(self._patterns(), params))
 
     def _moving(self, clock: Clock) -> optax.GradientTransformation:
         """What moves the trained parameters, forgetting included."""

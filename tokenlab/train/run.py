@@ -98,6 +98,7 @@ class Run:
             accumulation=experiment.accumulation,
             ema_decay=experiment.ema_decay,
             views=views or {},
+            moves=experiment.optimizer.moves,
         )
         return cls(experiment=experiment, tokenizer=tokenizer, trainer=trainer, clock=clock)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from tokenlab.core.arrays import Array, Float, Int, PRNGKeyArray, Scalar
 from tokenlab.core.context import Context, View
-from tokenlab.core.ledger import Ledger
+from tokenlab.core.ledger import Ledger, saved_bytes
 from tokenlab.core.rng import stream
 from tokenlab.core.weighted import Weighted
 from tokenlab.objectives import Objective
@@ -54,7 +54,7 @@ class StepMetrics:
         loss: the objective's value before the update.
         sums: undivided total and weight of every term.
         means: their means, divided on the device so that the host reads and never computes.
-        grad_norm: global norm of the gradient before clipping.
+        grad_norm: global norm of the gradient before clipping, of what is trained.
         learning_rate: of this update.
         ledger: forward passes of this step.
     """
@@ -81,6 +81,8 @@ class Trainer:
         accumulation: micro-batches per step; equal to the full batch in value.
         ema_decay: decay of the parameter average, or None for none.
         views: models beside the policy, by name; their parameters do not change.
+        moves: tells of each parameter whether the optimiser moves it, so that no gradient is
+            computed of the others; None is all.
     """
 
     model: nn.Module
@@ -92,6 +94,7 @@ class Trainer:
     accumulation: int = 1
     ema_decay: float | None = None
     views: Mapping[str, View] = dataclasses.field(default_factory=dict)
+    moves: Callable[[PyTree], PyTree] | None = None
 
     def _params(self, model: nn.Module | None = None) -> PyTree:
         """Initial parameters, still boxed with the logical names of their axes."""
@@ -236,6 +239,12 @@ class Trainer:
         """
 
         def loss(params, weights, index, rows):
+            if self.moves is not None:
+                params = jax.tree.map(
+                    lambda leaf, moves: leaf if moves else jax.lax.stop_gradient(leaf),
+                    params,
+                    self.moves(params),
+                )
             context = Context(
                 batch=rows,
                 views={"policy": View(model=self.model, params=params), **others},
@@ -246,7 +255,14 @@ class Trainer:
             scaled = sums if weights is None else _with_weights(sums, weights)
             return self.objective.value(scaled), (sums, self._ledger(context))
 
-        gradient = jax.grad(loss, has_aux=True)
+        def gradient(params, weights, index, rows):
+            value, pullback, (sums, ledger) = jax.vjp(
+                lambda params: loss(params, weights, index, rows), params, has_aux=True
+            )
+            saved = saved_bytes(pullback, params, rows)
+            ledger = dataclasses.replace(ledger, saved_bytes=jnp.float32(saved))
+            return pullback(jnp.ones_like(value))[0], (sums, ledger)
+
         if self.accumulation == 1:
             grads, (sums, ledger) = gradient(params, None, 0, batch)
             return grads, sums, ledger

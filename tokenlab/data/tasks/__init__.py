@@ -6,6 +6,7 @@ from tokenlab.data.tasks.associative_recall import AssociativeRecall
 from tokenlab.data.tasks.base import Problem, Task, TaskBatch
 from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.minimum_sum import MinimumNonNegativeSum
+from tokenlab.data.tasks.planted_facts import PlantedFacts
 from tokenlab.data.tasks.pointer_chase import PointerChase
 from tokenlab.data.tasks.role_grammar import RoleGrammar
 from tokenlab.data.tasks.slot_text import SlotText
@@ -18,6 +19,7 @@ __all__ = [
     "AssociativeRecall",
     "GridQuestions",
     "MinimumNonNegativeSum",
+    "PlantedFacts",
     "PointerChase",
     "Problem",
     "RoleGrammar",
