@@ -46,7 +46,7 @@ def params():
 
 def batch_of(task, rows=5):
     batch = task.sample(seed=1, count=rows)._asdict()
-    return {name: jnp.asarray(array) for name, array in batch.items()}
+    return {name: jnp.asarray(array) for name, array in batch.items() if array is not None}
 
 
 def context(params, batch):

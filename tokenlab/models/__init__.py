@@ -43,6 +43,7 @@ from tokenlab.models.layers import (
 )
 from tokenlab.models.linmu import MMATE, linmu, with_teacher
 from tokenlab.models.local_windows import LocalWindows
+from tokenlab.models.presets import llama, transformer_1m, transformer_15m, transformer_135m
 from tokenlab.models.pruned_backward import PrunedSwiGLU
 from tokenlab.models.routed import given_options, with_base, with_stand_ins
 from tokenlab.models.stand_ins import Forecaster, RoutedFeedForward, RoutedMixer
@@ -59,10 +60,6 @@ from tokenlab.models.transformer import (
     ModelOutput,
     Transformer,
     for_decoding,
-    llama,
-    transformer_1m,
-    transformer_15m,
-    transformer_135m,
     unrolled,
 )
 
