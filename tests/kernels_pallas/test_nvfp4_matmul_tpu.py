@@ -25,7 +25,12 @@ def test_nothing_races_and_nothing_unwritten_is_read(contracted, columns):
 
 @pytest.mark.parametrize(
     ("shape", "topology"),
-    [("smollm2-135m-up", "v5e"), ("llama-3-8b-down", "v5e"), ("smollm2-135m-up", "v6e")],
+    [
+        ("smollm2-135m-up", "v5e"),
+        ("llama-3-8b-down", "v5e"),
+        ("smollm2-135m-up", "v6e"),
+        ("smollm2-135m-down", "v5p"),
+    ],
 )
 def test_it_compiles(shape, topology):
     made = arguments(SHAPES[shape])
