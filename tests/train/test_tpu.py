@@ -78,6 +78,9 @@ def test_routing_at_135m_has_static_shapes_and_no_square_of_the_length():
     compiled = lowered(mor_135m(), MeshShape(data=4)).compile()
     text = compiled.as_text()
     assert set(HLO_KERNEL.findall(text)) == ATTENTION | LOSS | ROUTING
+    # Values inside of a fusion are no buffers: the ledger counts pairs there.
+    parts = re.split(r"\n(?=%|ENTRY )", text)
+    text = "\n".join(part for part in parts if not part.startswith("%fused_computation"))
     shapes = re.findall(r"\b(?:pred|[suf]\d+|bf16)\[([\d,<=]+)\]", text)
     assert not [shape for shape in shapes if "<=" in shape]
     # Whatever the routers keep: 2048, 1365 and 682 tokens, or the kernels' padded counts of them.
