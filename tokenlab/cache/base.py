@@ -114,8 +114,8 @@ class Entries(NamedTuple):
         XLA copies a whole cache that might be written before it has been read, and no barrier
         tells its CPU compiler otherwise; so zeros that it cannot see through are added.
         """
-        groups = out.shape[2] // self.k.shape[2]
-        bits = jax.lax.bitcast_convert_type(out[:, :, ::groups, :1].astype(jnp.float32), jnp.uint32)
+        first = out.reshape(*self.k.shape[:3], -1)[..., :1]  # of each key head, where it lies
+        bits = jax.lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
         nothing = (jnp.minimum(bits, 1) >> 1).astype(self.k.dtype)
         return self._replace(k=self.k + nothing, v=self.v + nothing)
 
