@@ -73,6 +73,7 @@ class TokenDroppingAttention(Attention):
         segments: Segments,
         cache: Memory | None = None,
         prompt: Prompt | None = None,
+        train: bool = False,
     ) -> tuple[Hidden, None]:
         """Attends among kept tokens.
 
@@ -82,6 +83,7 @@ class TokenDroppingAttention(Attention):
             segments: 0 for padding.
             cache: None.
             prompt: not read.
+            train: not read.
 
         Raises:
             UserError: there is a cache, or keys are shared.
