@@ -259,7 +259,7 @@ def test_ledger_counts_what_xla_counts():
         ).trace, params,
     )  # fmt: skip
     trace = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), trace).replace(
-        depth=jnp.full((2, 128), 2)
+        depth=jnp.full((2, 128), 2), flops=0.0, pairs=0.0
     )
     ledger = model.ledger(trace, positions=positions, segments=segments)
     assert float(ledger.tokens) == 256
