@@ -164,12 +164,11 @@ def temporary(arm: Arm) -> int:
 def trained_on(run: Run, params: PyTree, *, seed: int) -> tuple[PyTree, float]:
     """Parameters after a stage on the texts of ``seed``, and the bytes that a step saves."""
     state, saved = run.trainer.init(params), 0.0
-    batches = iter(
-        SOURCE.batches(tokenizer=SHORT.tokenizer, batch_size=run.experiment.batch_size, seed=seed)
+    batches = SOURCE.batches(
+        tokenizer=SHORT.tokenizer, batch_size=run.experiment.batch_size, seed=seed
     )
-    for batch in itertools.islice(batches, run.total_steps):
-        state, metrics = run.trainer.step(state, run.trainer.put(batch))
-        saved = metrics.ledger.saved_bytes
+    for after, metrics in run.steps(state, batches=batches):
+        state, saved = after, metrics.ledger.saved_bytes
     return state.params, float(saved)
 
 

@@ -1,6 +1,4 @@
-"""Plans in latent vectors, against the plain model called by hand, and what bounds them."""
-
-import functools
+"""``CapsuleTransformer``: plans in latent vectors, against the plain model called by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -9,106 +7,32 @@ import optax
 import pytest
 from flax import linen as nn
 
+from tests.models.capsules import (
+    BOTH,
+    NARROW,
+    ONLY_PLAN,
+    PLAIN,
+    SLOT,
+    STEPS,
+    TASK,
+    VOCABULARY,
+    WIDTH,
+    batch_of,
+    capsule,
+    latents_of,
+    params_of,
+    plain,
+    run,
+    value_and_gradient,
+)
 from tokenlab import config
-from tokenlab.core.context import Context, View
+from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.data.tasks import WordArithmetic
-from tokenlab.decode import Autoregressive, Greedy
 from tokenlab.models import (
-    Attention,
-    Block,
-    CapsuleTransformer,
-    SwiGLU,
-    Transformer,
     llama,
 )
-from tokenlab.objectives import AuxiliaryTerm, NextToken, Objective, Term
-
-TASK = WordArithmetic(plan="apart", clauses=3)
-VOCABULARY, WIDTH, NARROW = TASK.tokenizer.vocab_size, 16, 4
-SLOT = TASK.mark("<slot>")
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "dim": WIDTH,
-    "num_layers": 1,
-    "block": Block(mixer=Attention(num_heads=2, num_kv_heads=1), feedforward=SwiGLU(hidden_dim=16)),
-    "max_length": 64,
-    "embedding_scale": 2.0,
-}
-PLAIN = Transformer(**SIZES)
-STEPS = (("steps", Term(loss=NextToken())),)
-ONLY_PLAN = (("plan", AuxiliaryTerm(name="plan")),)
-BOTH = STEPS + ONLY_PLAN
-
-
-def capsule(**changes):
-    fields = {"slot_id": SLOT, "bottleneck": NARROW} | changes
-    return CapsuleTransformer(**SIZES, **fields)
-
-
-@functools.cache
-def params_of(model, seed=0):
-    ids = jnp.zeros((1, 4), int)
-    shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), ids, positions=ids, segments=ids + 1)
-    )
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(scale=0.4, size=leaf.shape), jnp.float32),
-        nn.meta.unbox(shapes["params"]),
-    )
-
-
-def batch_of(task=TASK, rows=4, seed=1):
-    rows = task.sample(seed=seed, count=rows)._asdict()
-    return {name: jnp.asarray(x) for name, x in rows.items() if x is not None}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def run(model, params, batch):
-    context = Context(batch=batch, views={"policy": View(model=model, params=params)})
-    return context.output()
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def value_and_gradient(model, terms, params, batch):
-    objective = Objective(terms=dict(terms))
-
-    def value(params):
-        context = Context(
-            batch=batch, views={"policy": View(model=model, params=params)},
-            key=jax.random.key(0), train=True,
-        )  # fmt: skip
-        sums = objective(context)
-        return objective.value(sums), {name: part.mean() for name, part in sums.items()}
-
-    (total, means), gradient = jax.value_and_grad(value, has_aux=True)(params)
-    return total, means, gradient
-
-
-@jax.jit
-def padded_pass(params, x, segments):
-    view = View(model=PLAIN, params=params)
-    places = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-    tokens = jnp.zeros(x.shape[:2], int)
-    out = view(tokens, positions=places, segments=segments, embeddings=x)
-    return out.hidden, view(out.hidden, method="logits")
-
-
-def plain(params, x, logits=False):
-    """The plain model on the embeddings of one row."""
-    padded = np.zeros((1, 24, WIDTH), np.float32)
-    padded[0, : len(x)] = x
-    segments = (np.arange(24)[None] < len(x)).astype(np.int32)
-    out = padded_pass(params, jnp.asarray(padded), jnp.asarray(segments))[logits]
-    return np.asarray(out, np.float64)[0, : len(x)]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def latents_of(model, params, batch):
-    view = View(model=model, params=params)
-    where = {name: batch[name] for name in ("positions", "segments")}
-    return view(batch["tokens"], **where, method="latents")
+from tokenlab.objectives import AuxiliaryTerm
 
 
 def by_hand(params, batch, row, mode="parallel"):
@@ -316,46 +240,6 @@ def test_segments_of_a_row_do_not_see_each_other():
     np.testing.assert_allclose(
         together.hidden.reshape(apart.hidden.shape)[valid], apart.hidden[valid], atol=1e-5
     )
-
-
-PROMPTS = [problem.prompt for problem in TASK.problems(seed=2, count=3)]
-
-
-@pytest.mark.parametrize("mode", ["parallel", "autoregressive"])
-def test_decoding_reads_the_capsule_of_each_row(mode):
-    """Ragged prompts, against passes over whole rows without a cache."""
-    model = capsule(generate=mode)
-    params = params_of(model)
-    prompts = [PROMPTS[0], PROMPTS[1][2:], PROMPTS[2]]
-    decoder = Autoregressive(max_new_tokens=4, sampler=Greedy(), end_ids=())
-    view = View(model=model, params=params)
-    written = decoder(view, prompts, key=jax.random.key(0))
-    alone = decoder(view, prompts[1:2], key=jax.random.key(0))
-    np.testing.assert_array_equal(alone.tokens[0], written.tokens[1])
-    for prompt, tokens in zip(prompts, written.tokens, strict=True):
-        row = list(prompt)
-        for token in tokens:
-            padded = np.zeros((1, 16), int)
-            padded[0, : len(row)] = row
-            batch = {
-                "tokens": jnp.asarray(padded),
-                "positions": jnp.arange(16)[None],
-                "segments": (jnp.arange(16)[None] < len(row)).astype(jnp.int32),
-            }
-            hidden = np.asarray(run(model, params, batch).hidden[0, len(row) - 1])
-            assert int(np.argmax(np.asarray(params["embedding"]) @ hidden)) == token
-            row.append(int(token))
-    planned = decoder(View(model=PLAIN, params=params_of(PLAIN)), prompts, key=jax.random.key(0))
-    assert written.ledger.flops > planned.ledger.flops
-
-
-def test_prompts_in_parts_are_refused():
-    model = capsule()
-    view = View(model=model, params=params_of(model))
-    for chunk in (1, 4):
-        decoder = Autoregressive(max_new_tokens=2, prefill_chunk=chunk)
-        with pytest.raises(UserError, match="prefill_chunk"):
-            decoder(view, PROMPTS, key=jax.random.key(0))
 
 
 def test_a_plan_that_is_read_changes_the_capsule_and_cannot_be_missing():

@@ -19,7 +19,7 @@ from kernels_pallas.linear_cross_entropy import (
     kl_divergence,
     linear_cross_entropy,
 )
-from tokenlab.core.arrays import Array, Hidden, Logits, PRNGKeyArray, Values
+from tokenlab.core.arrays import Array, Float, Hidden, Int, Logits, PRNGKeyArray, Values
 from tokenlab.core.errors import UserError
 from tokenlab.core.per_device import mesh_axes, per_device
 from tokenlab.core.projection import SharedRows
@@ -205,33 +205,15 @@ class Context:
             impl: as there.
             config: as there.
         """
-        weight = self._views[view](method="head_weight")
-        targets = self.batch["targets"]
-        shared = weight if isinstance(weight, SharedRows) else None
-        arrays = {"targets": targets}
-        if shared is not None:
-            bias, weight = shared.row_bias(), shared.rows
-            arrays = {"targets": jnp.take(shared.codes, targets, mode="clip"), "bias": bias}
-        project = functools.partial(
-            linear_cross_entropy,
-            softcap=self._views[view].model.head.softcap,
-            vocabulary_axes=mesh_axes("vocab", weight.shape[0]),
+        model = self._views[view]
+        return target_logits(
+            hidden,
+            model(method="head_weight"),
+            targets=self.batch["targets"],
+            softcap=model.model.head.softcap,
             impl=impl,
             config=config,
         )
-        logits = per_device(
-            project,
-            axes=_AXES,
-            out=_TOKENS,
-            hidden=hidden,
-            weight=weight.astype(hidden.dtype),
-            **arrays,
-        )
-        if shared is not None:
-            logits = shared.of_tokens(
-                logits, hidden=hidden, targets=targets, row_bias=arrays["bias"]
-            )
-        return logits
 
     def token_logp(self, view: str = "policy", impl: LossImpl | None = None) -> Values:
         """Log-probability of each target under ``view``, in nats."""
@@ -277,3 +259,48 @@ class Context:
                 arrays["bias"] = weight.bias
             weight = weight.expanded()
         return arrays | {"weight": weight.astype(hidden.dtype)}
+
+
+def target_logits(
+    hidden: Hidden,
+    weight: Float[Array, "V D"] | SharedRows,
+    *,
+    targets: Int[Array, "B T"],
+    softcap: float | None,
+    impl: LossImpl | None = None,
+    config: LinearCrossEntropyConfig | None = None,
+) -> TargetLogits:
+    """What a vocabulary projection says of the targets, without logits in memory.
+
+    Args:
+        hidden: normalised, ready for the projection.
+        weight: of the projection.
+        targets: ids.
+        softcap: bound of the logits, or None.
+        impl: form of ``kernels_pallas.linear_cross_entropy``; None takes the best there is.
+        config: its block sizes, or None.
+    """
+    if isinstance(weight, SharedRows):
+        rows = weight.rows
+        codes = jnp.take(weight.codes, targets, mode="clip")
+        arrays = {"targets": codes, "bias": weight.row_bias()}
+    else:
+        rows, arrays = weight, {"targets": targets}
+    project = functools.partial(
+        linear_cross_entropy,
+        softcap=softcap,
+        vocabulary_axes=mesh_axes("vocab", rows.shape[0]),
+        impl=impl,
+        config=config,
+    )
+    logits = per_device(
+        project,
+        axes=_AXES,
+        out=_TOKENS,
+        hidden=hidden,
+        weight=rows.astype(hidden.dtype),
+        **arrays,
+    )
+    if isinstance(weight, SharedRows):
+        logits = weight.of_tokens(logits, hidden=hidden, targets=targets, row_bias=arrays["bias"])
+    return logits

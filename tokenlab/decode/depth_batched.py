@@ -25,9 +25,10 @@ from tokenlab.depth.recursive import Recursive
 from tokenlab.models import Transformer, for_decoding
 
 Static = tuple[Transformer, "DepthBatched"]
+_OUT = 2**31 - 1  # in the place of a recursion: the loop is left
 
 
-class _Rows(flax.struct.PyTreeNode):
+class _InFlight(flax.struct.PyTreeNode):
     """The while loop's carry.
 
     Attributes:
@@ -36,7 +37,8 @@ class _Rows(flax.struct.PyTreeNode):
         logits: of the next token of the rows that are ``fresh``.
         fresh: rows whose prompt has just been read.
         stream: of each row's last token, as it left its last recursion.
-        recursion: that comes next for it; as many as there are where none does.
+        recursion: that comes next for it, ``_OUT`` where none does.
+        gate: of what that makes of it.
         spent: the work.
     """
 
@@ -46,6 +48,7 @@ class _Rows(flax.struct.PyTreeNode):
     fresh: Bool[Array, " B"]
     stream: Float[Array, "B D"]
     recursion: Int[Array, " B"]
+    gate: Float[Array, " B"]
     spent: Spent
 
 
@@ -98,22 +101,22 @@ class _DepthRun(Run):
     def _slots(self, decoder: Autoregressive) -> int:
         return decoder.slots or 2 * cast(DepthBatched, decoder).batch
 
-    def _begin_all(self, requests: Sequence[int | None]) -> _Rows:
+    def _begin_all(self, requests: Sequence[int | None]) -> _InFlight:
         begun = self._begin(requests)
         static, room = cast(Static, self.static), (len(requests), self.sizes[1])
         return _insert(_empty(static, begun, *room), jnp.arange(len(requests)), begun)
 
-    def _advance(self, steps: int) -> _Rows:
+    def _advance(self, steps: int) -> _InFlight:
         turns = steps * len(self.owners)  # Of which each writes a token at least.
         static = cast(Static, self.static)
         return _decode(static, self.params, self.state, turns, bool(self.waiting))
 
-    def _insert(self, slot: int, begun: State) -> _Rows:
+    def _insert(self, slot: int, begun: State) -> _InFlight:
         return _insert(self.state, jnp.asarray([slot]), begun)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _empty(static: Static, like: State, batch: int, capacity: int) -> _Rows:
+def _empty(static: Static, like: State, batch: int, capacity: int) -> _InFlight:
     """Room for rows like those of ``like``."""
     model, decoder = static
     names = model.depth.names(model.num_layers)
@@ -128,19 +131,20 @@ def _empty(static: Static, like: State, batch: int, capacity: int) -> _Rows:
     cache = LoopedCache.empty(
         decoder.cache, Room(batch, capacity, model.dtype), heads=heads, order=order
     )
-    return _Rows(
+    return _InFlight(
         cache=cache,
         rows=jax.tree.map(jnp.zeros_like, like.rows),
         logits=jnp.zeros_like(like.logits),
         fresh=jnp.zeros(batch, bool),
         stream=jnp.zeros((batch, model.dim), model.dtype),
         recursion=jnp.zeros(batch, jnp.int32),
+        gate=jnp.zeros(batch),
         spent=jax.tree.map(jnp.zeros_like, like.spent),
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _insert(state: _Rows, rows: Int[Array, " N"], other: State) -> _Rows:
+def _insert(state: _InFlight, rows: Int[Array, " N"], other: State) -> _InFlight:
     """``other`` in the place of ``rows``, out of the loop and ready to be written."""
     return state.replace(
         cache=state.cache.insert(rows, other.cache),
@@ -152,25 +156,22 @@ def _insert(state: _Rows, rows: Int[Array, " N"], other: State) -> _Rows:
     )
 
 
-_OUT = jnp.iinfo(jnp.int32).max
-
-
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(
     static: Static,
     params: PyTree,
-    state: _Rows,
+    state: _InFlight,
     turns: Int[Array, ""],
     wait: Bool[Array, ""],
-) -> _Rows:
+) -> _InFlight:
     """Writes batches of tokens until every row has ended, or one where another waits."""
     stages = _Stages(static, params, len(state.fresh))
 
-    def unfinished(carry: tuple[Array, _Rows]) -> Bool[Array, ""]:
+    def unfinished(carry: tuple[Array, _InFlight]) -> Bool[Array, ""]:
         done = carry[1].rows.done
         return (carry[0] < turns) & ~jnp.all(done) & ~(wait & jnp.any(done))
 
-    def turn(carry: tuple[Array, _Rows]) -> tuple[Array, _Rows]:
+    def turn(carry: tuple[Array, _InFlight]) -> tuple[Array, _InFlight]:
         looped = jax.lax.while_loop(stages.busy, stages.loop, carry[1])
         return carry[0] + 1, stages.write(looped)
 
@@ -201,22 +202,21 @@ class _Stages:
         self.names = self.program.names(self.model.num_layers)
         self.batch = min(self.decoder.batch, slots)
 
-    def busy(self, state: _Rows) -> Bool[Array, ""]:
+    def busy(self, state: _InFlight) -> Bool[Array, ""]:
         """Whether the loop is to run before tokens are written."""
         inside, outside = self._inside(state), self._outside(state)
         return jnp.any(inside) & (jnp.sum(outside) < self.batch)
 
-    def loop(self, state: _Rows) -> _Rows:
+    def loop(self, state: _InFlight) -> _InFlight:
         """Once through the loop for a batch of rows, each in its recursion."""
         lanes = self._lanes(state, self._inside(state))
         recursion = jnp.where(lanes.there, state.recursion[lanes.at], 0)
         x = state.stream[lanes.at][:, None]
-        _, gate = self._enters(x, recursion, lanes)
         y, state = self._run(self.names.loop, len(self.names.first), x, recursion, lanes, state)
-        x = self.program.joined(x, y, gate=gate)
+        x = self.program.joined(x, y, gate=state.gate[lanes.at])
         return self._moved(state, lanes, x, recursion + 1)
 
-    def write(self, state: _Rows) -> _Rows:
+    def write(self, state: _InFlight) -> _InFlight:
         """A token for a batch of rows that are out of the loop; the next ones enter it."""
         lanes, names = self._lanes(state, self._outside(state)), self.names
         fresh, outside = state.fresh[lanes.at], jnp.zeros(self.batch, jnp.int32)
@@ -250,13 +250,13 @@ class _Stages:
         state = state.replace(spent=spent.mixing(self.model, jnp.sum(going & mixed)))
         return self._moved(state, read, x, outside)
 
-    def _inside(self, state: _Rows) -> Bool[Array, " B"]:
+    def _inside(self, state: _InFlight) -> Bool[Array, " B"]:
         return ~state.rows.done & (state.recursion < self.program.recursions)
 
-    def _outside(self, state: _Rows) -> Bool[Array, " B"]:
+    def _outside(self, state: _InFlight) -> Bool[Array, " B"]:
         return ~state.rows.done & (state.recursion >= self.program.recursions)
 
-    def _lanes(self, state: _Rows, ready: Bool[Array, " B"]) -> _Lanes:
+    def _lanes(self, state: _InFlight, ready: Bool[Array, " B"]) -> _Lanes:
         """A batch of the rows that are ready."""
         history = state.rows.history
         written = jnp.where(ready, history.lengths - history.prompts, _OUT)
@@ -264,22 +264,18 @@ class _Stages:
         there = ready[at]
         return _Lanes(at=at, there=there, target=jnp.where(there, at, self.slots))
 
-    def _enters(
-        self, x: Float[Array, "B 1 D"], recursion: Int[Array, " B"], lanes: _Lanes
-    ) -> tuple[Bool[Array, " B"], Float[Array, " B"]]:
-        params = self.params.get("depth", {})
-        return self.program.enters(params, x, recursion=recursion, active=lanes.there)
-
     def _moved(
-        self, state: _Rows, lanes: _Lanes, x: Float[Array, "B 1 D"], recursion: Int[Array, " B"]
-    ) -> _Rows:
+        self, state: _InFlight, lanes: _Lanes, x: Float[Array, "B 1 D"], recursion: Int[Array, " B"]
+    ) -> _InFlight:
         """With the streams of the lanes, which come to ``recursion`` next unless they leave."""
-        enters, _ = self._enters(x, recursion, lanes)
+        params = self.params.get("depth", {})
+        enters, gate = self.program.enters(params, x, recursion=recursion, active=lanes.there)
         return state.replace(
             stream=state.stream.at[lanes.target].set(x[:, 0], mode="drop"),
             recursion=state.recursion.at[lanes.target].set(
                 jnp.where(enters, recursion, _OUT), mode="drop"
             ),
+            gate=state.gate.at[lanes.target].set(gate, mode="drop"),
         )
 
     def _run(
@@ -289,8 +285,8 @@ class _Stages:
         x: Float[Array, "B 1 D"],
         recursion: Int[Array, " B"],
         lanes: _Lanes,
-        state: _Rows,
-    ) -> tuple[Float[Array, "B 1 D"], _Rows]:
+        state: _InFlight,
+    ) -> tuple[Float[Array, "B 1 D"], _InFlight]:
         """The lanes through layers ``names``, the first of which is layer ``first`` of the cache.
 
         Args:

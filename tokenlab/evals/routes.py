@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from kernels_pallas.block_sparse_attention import MaskRule
 from tokenlab.core.arrays import Array, Bool, Float, Int
 from tokenlab.core.context import Context, View
-from tokenlab.models import Attention, BlockPattern, RoutedMixer, Transformer, unrolled
+from tokenlab.models import Attention, RoutedMixer, Transformer, layered, unrolled
 from tokenlab.models.routed import given_options
 
 Patterns = Int[np.ndarray, "P U"] | Int[np.ndarray, "P U B T"]
@@ -141,7 +141,7 @@ def _beside(model: Transformer) -> Transformer:
         return mixer.clone(rule=BesideReference(rule=mixer.rule))
 
     kinds = tuple(kind.clone(mixer=changed(kind.mixer)) for kind in model.block.kinds())
-    return model.clone(block=kinds[0] if len(kinds) == 1 else BlockPattern(blocks=kinds))
+    return model.clone(block=layered(kinds))
 
 
 def best_by_budget(

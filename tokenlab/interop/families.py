@@ -18,7 +18,6 @@ from tokenlab.interop.rotary import rotary_of, rotary_settings
 from tokenlab.models import (
     Attention,
     Block,
-    BlockPattern,
     GatedFeedForward,
     GeGLU,
     LinearHead,
@@ -26,6 +25,7 @@ from tokenlab.models import (
     SwiGLU,
     TiedHead,
     Transformer,
+    layered,
 )
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -86,7 +86,7 @@ class Family:
             vocab_size=config["vocab_size"],
             dim=dim,
             num_layers=layers,
-            block=kinds[0] if len(kinds) == 1 else BlockPattern(blocks=tuple(kinds)),
+            block=layered(kinds),
             depth=Sequential(),
             head=head(softcap=config.get("final_logit_softcapping")),
             norm=_norm(config),
@@ -261,7 +261,7 @@ def _explicit(model: Transformer) -> Transformer:
     if isinstance(depth, Sequential) and not depth.scan:
         depth = Sequential()
     return model.clone(
-        block=kinds[0] if len(kinds) == 1 else BlockPattern(blocks=kinds),
+        block=layered(kinds),
         depth=depth,
         dtype="float32",
     )

@@ -60,6 +60,7 @@ from tokenlab.models.transformer import (
     ModelOutput,
     Transformer,
     for_decoding,
+    layered,
     unrolled,
 )
 
@@ -119,6 +120,7 @@ __all__ = [
     "fit_forecasters",
     "for_decoding",
     "given_options",
+    "layered",
     "lemo",
     "linmu",
     "llama",

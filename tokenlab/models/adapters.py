@@ -14,7 +14,7 @@ from tokenlab.core.arrays import Array, PRNGKeyArray
 from tokenlab.core.errors import UserError
 from tokenlab.core.parameters import name_of, named, taken_over
 from tokenlab.models.layers import LowRank
-from tokenlab.models.transformer import Block, BlockPattern, Transformer
+from tokenlab.models.transformer import Block, Transformer, layered
 
 # What an optimiser trains of an adapted model: ``AdamW(trained=ADAPTERS)``.
 ADAPTERS = ("*/adapter/*",)
@@ -59,7 +59,7 @@ def with_adapter(model: Transformer, adapter: LowRank | None) -> Transformer:
         return kind.clone(mixer=part(kind.mixer), feedforward=part(kind.feedforward))
 
     blocks = tuple(map(block, model.block.kinds()))
-    model = model.clone(block=blocks[0] if len(blocks) == 1 else BlockPattern(blocks=blocks))
+    model = model.clone(block=layered(blocks))
     if adapter is not None:
         names = {path.split("/")[-4] for path in named(_shapes(model)) if "/adapter/a/" in path}
         for target in adapter.targets:

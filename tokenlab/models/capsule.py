@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from tokenlab.cache import Cache
 from tokenlab.core.arrays import Array, Float, Hidden, Int, Positions, Prompt, Segments, Tokens
-from tokenlab.core.context import View
+from tokenlab.core.context import View, target_logits
 from tokenlab.core.errors import UserError
 from tokenlab.core.parameters import dense_init, parameter
 from tokenlab.core.reports import Reports
@@ -146,7 +146,7 @@ class CapsuleTransformer(Transformer):
         tokens = jnp.zeros((len(plan), 0), plan.dtype)
         empty = {"positions": tokens, "segments": tokens, "cache": None, "prompt": None}
         run = _Passes(self, tokens, empty, train=False)
-        return self._plan_logits(run, self._capsules(latents), plan)[0]
+        return self._reader().logits(self._reading(run, self._capsules(latents), plan)[0])
 
     def _plans(self, cache: Cache | None, length: int) -> bool:
         """Whether a pass may hold slots: in training, and where it begins a cache."""
@@ -194,24 +194,30 @@ class CapsuleTransformer(Transformer):
         table = jax.lax.stop_gradient(self.embedding) * self.embedding_scale
         return latents @ self.widen[None] * jnp.sqrt(jnp.mean(table**2))
 
-    def _plan_logits(
+    def _reader(self) -> Transformer:
+        return self if self.reader is None else self.reader
+
+    def _reading(
         self, run: _Passes, capsules: Float[Array, "B K D"], plan: Plan
-    ) -> tuple[Float[Array, "B P V"], Any]:
-        model = self if self.reader is None else self.reader
+    ) -> tuple[Float[Array, "B P D"], Any]:
+        """The stream behind each token of a plan, and the operations."""
+        model = self._reader()
         marks = jnp.full((len(plan), self.slots), self.slot_id, plan.dtype)
         tokens = jnp.concatenate([marks, plan], axis=1)
         x = jnp.concatenate([capsules.astype(self.dtype), model.embed(plan)], axis=1)
         hidden, cost = run.reading(model, tokens, x)
-        return model.logits(hidden[:, self.slots :]), cost
+        return hidden[:, self.slots :], cost
 
     def _read_back(
         self, run: _Passes, capsules: Float[Array, "B K D"], plan: Plan
     ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Any]:
         """Nats of the tokens of a plan behind its mark, their weights, and the operations."""
-        logits, cost = self._plan_logits(run, capsules, plan[:, :-1])
-        logp = jax.nn.log_softmax(logits, axis=-1)
-        targets = plan[:, 1:]
-        nats = -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+        hidden, cost = self._reading(run, capsules, plan[:, :-1])
+        model, targets = self._reader(), plan[:, 1:]
+        found = target_logits(
+            hidden, model.head_weight(), targets=targets, softcap=model.head.softcap
+        )
+        nats = found.log_sum_exp - found.target
         return nats, (targets > 0).astype(jnp.float32), cost
 
 

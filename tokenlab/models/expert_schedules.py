@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tokenlab.core.errors import UserError
 from tokenlab.models.experts import MixtureOfExperts
-from tokenlab.models.transformer import Block, BlockPattern, Transformer
+from tokenlab.models.transformer import Block, Transformer, layered
 
 _CLOSE = 1e-9  # what rounding may have taken from a half
 
@@ -154,4 +154,4 @@ def with_expert_schedule(
         counts = rescaled(counts, total)
     mixture = block.feedforward
     blocks = tuple(block.clone(feedforward=mixture.clone(num_experts=count)) for count in counts)
-    return model.clone(block=blocks[0] if len(blocks) == 1 else BlockPattern(blocks=blocks))
+    return model.clone(block=layered(blocks))

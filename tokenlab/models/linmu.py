@@ -29,7 +29,7 @@ from tokenlab.models.flex_ma import FlexMA
 from tokenlab.models.grid import AXES, Axis, Grid, Window
 from tokenlab.models.layers import Linear, LowRank
 from tokenlab.models.local_windows import LocalWindows
-from tokenlab.models.transformer import Block, BlockPattern, Transformer
+from tokenlab.models.transformer import Transformer, layered
 
 
 class MMATE(Mixer):
@@ -223,10 +223,7 @@ def linmu(
         )  # fmt: skip
         feedforward = kind.feedforward.clone(adapter=adapter)
         blocks.append(kind.clone(mixer=mixer, feedforward=feedforward))
-    block: Block | BlockPattern = blocks[0]
-    if turns > 1:
-        block = BlockPattern(blocks=tuple(blocks))
-    return teacher.clone(block=block)
+    return teacher.clone(block=layered(blocks))
 
 
 def with_teacher(params: PyTree, teacher: PyTree) -> PyTree:

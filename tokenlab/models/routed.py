@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import PyTree
 
 from tokenlab.core.arrays import Array, Int, PRNGKeyArray
 from tokenlab.core.errors import UserError
 from tokenlab.core.parameters import taken_over
 from tokenlab.depth import Sequential
+from tokenlab.models.adapters import drawn
 from tokenlab.models.attention import Attention
 from tokenlab.models.stand_ins import RoutedFeedForward, RoutedMixer, StandIns
-from tokenlab.models.transformer import Block, BlockPattern, Transformer
+from tokenlab.models.transformer import Block, Transformer, layered
 from tokenlab.routing import GIVEN, FixedOption, OptionRouter
 
 
@@ -70,7 +69,7 @@ def with_stand_ins(
         return kind
 
     kinds = tuple(routed(kind) for kind in model.block.kinds())
-    return model.clone(block=kinds[0] if len(kinds) == 1 else BlockPattern(blocks=kinds))
+    return model.clone(block=layered(kinds))
 
 
 def unrouted(kind: Block):
@@ -91,13 +90,10 @@ def with_base(model: Transformer, base: PyTree, *, key: PRNGKeyArray) -> PyTree:
             stand-ins and routers are taken as well.
         key: draws the parameters that ``base`` has not.
     """
-    tokens = jnp.zeros((1, 8), jnp.int32)
 
     @jax.jit  # so that nothing is drawn that is thrown away
     def taken(base: PyTree) -> PyTree:
-        where = {"positions": tokens, "segments": tokens + 1}
-        first = nn.meta.unbox(model.init(key, tokens, **where)["params"])
-        return taken_over(taken_over(first, base, within=("/unit/",)), base)
+        return taken_over(taken_over(drawn(model, key), base, within=("/unit/",)), base)
 
     return taken(base)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxtyping import PyTree
 from tokenlab.core.arrays import Array, Bool, Hidden, Int, Positions, Prompt, Scalar, Segments
 from tokenlab.core.errors import UserError
 from tokenlab.core.reports import REPORTS, report
+from tokenlab.depth import Sequential
 from tokenlab.models.attention import Attention, Memory
 from tokenlab.models.informativeness import (
     Informativeness,
@@ -26,7 +28,7 @@ from tokenlab.models.informativeness import (
 )
 from tokenlab.models.layers import FeedForward, SwiGLU
 from tokenlab.models.pruned_backward import PrunedSwiGLU
-from tokenlab.models.transformer import Block, BlockPattern, Transformer
+from tokenlab.models.transformer import Transformer, layered
 from tokenlab.routing import Route
 
 
@@ -62,8 +64,7 @@ class TokenDroppingAttention(Attention):
     @nn.nowrap
     def causal_twin(self) -> Attention:
         """Attention of all tokens."""
-        names = {field.name for field in dataclasses.fields(Attention)} - {"parent", "name"}
-        return Attention(**{name: getattr(self, name) for name in names})
+        return Attention(**_options(self))
 
     def __call__(
         self,
@@ -96,6 +97,7 @@ class TokenDroppingAttention(Attention):
         valid = segments > 0
         where = {"positions": positions, "segments": segments}
 
+        @functools.cache  # of one call: the scores, a predictor's loss and the report may ask
         def tiles() -> TileScores:
             return jax.lax.stop_gradient(self._tile_scores(x, **where))
 
@@ -214,20 +216,24 @@ def lemo(
         raise UserError(
             f"layers {tuple(layers)} drop tokens, and the model has 0 to {model.num_layers - 1}"
         )
-    if getattr(model.depth, "scan", False):
+    if isinstance(model.depth, Sequential) and model.depth.scan:
         raise UserError("lemo makes layers of several kinds; set model.depth.scan=False")
     kinds, blocks = model.block.kinds(), []
     for i, attention in enumerate(model.attentions()):
         kind = kinds[i % len(kinds)]
         if i in layers:
-            names = {field.name for field in dataclasses.fields(Attention)} - {"parent", "name"}
-            options = {name: getattr(attention, name) for name in names}
-            options |= {"kept": kept, "informativeness": informativeness, "block": block}
-            kind = kind.clone(mixer=TokenDroppingAttention(**options))
+            dropping = {"kept": kept, "informativeness": informativeness, "block": block}
+            kind = kind.clone(mixer=TokenDroppingAttention(**_options(attention), **dropping))
         if pruned is not None:
             kind = kind.clone(feedforward=_pruned(kind.feedforward, pruned))
         blocks.append(kind)
-    return model.clone(block=_layers(blocks))
+    return model.clone(block=layered(blocks))
+
+
+def _options(attention: Attention) -> dict[str, Any]:
+    """The fields that all attention has."""
+    names = {field.name for field in dataclasses.fields(Attention)} - {"parent", "name"}
+    return {name: getattr(attention, name) for name in names}
 
 
 def _pruned(layer: FeedForward, share: float) -> FeedForward:
@@ -266,7 +272,7 @@ def shrunk(
             kind = kind.clone(mixer=kind.mixer.clone(informativeness=scores))
             params[name] = params[name] | {"mixer": attention | {"informativeness": predictor}}
         blocks.append(kind)
-    return model.clone(block=_layers(blocks)), params
+    return model.clone(block=layered(blocks)), params
 
 
 def _busy(
@@ -284,10 +290,6 @@ def _busy(
             predictor[following] = {"kernel": predictor[following]["kernel"][busy]}
             units.append(len(busy))
     return predictor, tuple(units)
-
-
-def _layers(blocks: Sequence[Block]) -> Block | BlockPattern:
-    return blocks[0] if len(blocks) == 1 else BlockPattern(blocks=tuple(blocks))
 
 
 def _idle(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import flax.struct
@@ -109,6 +110,11 @@ class BlockPattern(nn.Module):
     def causal_twin(self) -> BlockPattern:
         """The layers to evaluate and decode with, on the same parameters."""
         return self.clone(blocks=tuple(block.causal_twin() for block in self.blocks))
+
+
+def layered(blocks: Sequence[Block]) -> Block | BlockPattern:
+    """Layers that take turns in this order; the block itself where there is one."""
+    return blocks[0] if len(blocks) == 1 else BlockPattern(blocks=tuple(blocks))
 
 
 @flax.struct.dataclass

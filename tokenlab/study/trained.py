@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 from jaxtyping import PyTree
@@ -45,6 +44,6 @@ def continued(run: Run, params: PyTree, batches: Iterator[Batch]) -> PyTree:
         batches: rows of the steps; a later stage goes on with them.
     """
     state = run.trainer.init(params)
-    for batch in itertools.islice(batches, run.total_steps):
-        state, _ = run.trainer.step(state, run.trainer.put(batch))
+    for after, _ in run.steps(state, batches=batches):
+        state = after
     return state.params

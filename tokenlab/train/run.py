@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import grain
 import jax
@@ -122,7 +122,12 @@ class Run:
         )
 
     def steps(
-        self, state: TrainState, *, first: int = 0, last: int | None = None
+        self,
+        state: TrainState,
+        *,
+        first: int = 0,
+        last: int | None = None,
+        batches: Iterable[Batch] | None = None,
     ) -> Iterator[tuple[TrainState, StepMetrics]]:
         """The run's steps alone, without a folder: the state and the metrics behind each.
 
@@ -130,9 +135,10 @@ class Run:
             state: to go on from; the first step gives it up.
             first: batch of the first step.
             last: batch behind that of the last; None is the end of the run.
+            batches: rows in the place of the run's own; an iterator goes on where it is.
         """
         last = self.total_steps if last is None else last
-        for batch in itertools.islice(self.batches(), first, last):
+        for batch in itertools.islice(self.batches() if batches is None else batches, first, last):
             state, metrics = self.trainer.step(state, self.trainer.put(batch))
             yield state, metrics
 
