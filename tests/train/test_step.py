@@ -1,5 +1,6 @@
 """Accumulation, devices and recompilation: the step is the same function however it is cut."""
 
+import itertools
 import json
 
 import jax
@@ -78,6 +79,17 @@ def padded_source(experiment):
 def test_the_second_step_compiles_nothing(tiny):
     run, *_ = steps(tiny, 3)
     assert run.trainer.jitted._cache_size() == 1
+
+
+def test_steps_of_given_rows_are_those_of_the_run_and_leave_the_rest(tiny):
+    run = Run.of(tiny)
+    rows = iter(list(itertools.islice(run.batches(), 5)))
+
+    def losses(**options):
+        return [float(metrics.loss) for _, metrics in run.steps(run.trainer.init(), **options)]
+
+    assert losses(last=3, batches=rows) == losses(last=3)
+    assert len(list(rows)) == 2
 
 
 def test_losses_fall_and_averaged_parameters_follow(tiny):
