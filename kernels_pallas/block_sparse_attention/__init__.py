@@ -10,6 +10,7 @@ from kernels_pallas.block_sparse_attention import blocks as block_lists
 from kernels_pallas.block_sparse_attention import gpu, ref, tpu, xla
 from kernels_pallas.block_sparse_attention.masks import (
     Bidirectional,
+    Branching,
     Causal,
     IndexRule,
     MaskRule,
@@ -207,6 +208,7 @@ __all__ = [
     "NOTHING",
     "Bidirectional",
     "BlockSparseAttentionConfig",
+    "Branching",
     "Causal",
     "IndexRule",
     "MaskRule",

@@ -266,6 +266,53 @@ class Strided(RangeRule):
         return multiple & Causal().block_map(block_q, block_k, num_q, num_k)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Branching(MaskRule):
+    """A document is a trunk; a branch leaves it behind one position and sees none but its own.
+
+    A token of the trunk sees the trunk as ``within`` says. A token of a branch sees the trunk up to
+    the position that the branch leaves, and what is before it of its own branch. Segments are those
+    of :meth:`trunk` and :meth:`branch`. Nothing can be told of blocks by index: give ``blocks``.
+
+    Attributes:
+        within: which keys a query sees of those.
+    """
+
+    within: RangeRule = Causal()
+    _BITS: ClassVar[int] = 16
+
+    def __call__(
+        self,
+        q_pos: Int[Array, "..."],
+        kv_pos: Int[Array, "..."],
+        q_seg: Int[Array, "..."],
+        kv_seg: Int[Array, "..."],
+    ) -> Bool[Array, "..."]:
+        """Same document, not padding, and near; and ahead of the branch or of the same one."""
+        every = (1 << self._BITS) - 1
+        q_leaf, kv_leaf = q_seg & every, kv_seg & every
+        same = (q_seg >> self._BITS == kv_seg >> self._BITS) & (kv_seg != 0)
+        until = jnp.where(q_leaf == 0, q_pos, q_leaf - 1)
+        along = ((kv_leaf == 0) & (kv_pos <= until)) | ((kv_leaf != 0) & (kv_leaf == q_leaf))
+        return same & along & self.within.near(q_pos, kv_pos)
+
+    def trunk(self, segments: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Segments of the tokens of documents ``segments``, of which there are fewer than 32768."""
+        return segments << self._BITS
+
+    def branch(
+        self, segments: Int[Array, "..."], positions: Int[Array, "..."]
+    ) -> Int[Array, "..."]:
+        """Segments of the branches that leave ``positions``, below 65535, of these documents."""
+        return jnp.where(segments == 0, 0, (segments << self._BITS) + positions + 1)
+
+    def block_map(
+        self, block_q: int, block_k: int, num_q: int, num_k: int
+    ) -> Bool[np.ndarray, "num_q num_k"]:
+        """Every block; this one holds for any order."""
+        return np.ones((num_q, num_k), bool)
+
+
 def _first(block: int, count: int) -> Int[np.ndarray, " count"]:
     return np.arange(count) * block
 

@@ -16,9 +16,11 @@ from tokenlab import config
 from tokenlab.core.context import Context, View
 from tokenlab.core.weighted import Weighted
 from tokenlab.depth import DepthTrace
-from tokenlab.models import Head, LinearHead, ModelOutput
+from tokenlab.models import Head, LinearHead, ModelOutput, Thoughts
 from tokenlab.objectives import (
+    AfterThought,
     AllTokens,
+    BeforeThought,
     DistributionKL,
     ExpectedNextToken,
     MixturePolicy,
@@ -28,6 +30,7 @@ from tokenlab.objectives import (
     TargetRange,
     TeacherKL,
     Term,
+    ThoughtPolicy,
     TokenLoss,
     TokenWeights,
     ZLoss,
@@ -35,6 +38,9 @@ from tokenlab.objectives import (
 
 VOCABULARY, WIDTH, CAP = 23, 6, 9.0
 CHANCES = (0.25, 0.75)  # of the two depths of the model, of which the second halves the stream
+# What two thoughts make of the stream, for the next token and for the one behind it; what they were
+# drawn from, and how far what was drawn is from the token read.
+AFTER, DRAWING, DRAWN = ((0.5, 0.8), (1.5, 1.2)), (0.7, 0.9), (1, 5)
 
 
 def log_z(logits):
@@ -54,8 +60,40 @@ def relative_entropy(logits, targets):
 
 
 def expected_nats(logits, targets):
-    halved = CAP * np.tanh(np.arctanh(logits / CAP) / 2)
-    return CHANCES[0] * nats(logits, targets) + CHANCES[1] * nats(halved, targets)
+    return CHANCES[0] * nats(logits, targets) + CHANCES[1] * nats(scaled(logits, 0.5), targets)
+
+
+def scaled(logits, factor):
+    """Logits of the stream times a factor."""
+    return CAP * np.tanh(np.arctanh(logits / CAP) * factor)
+
+
+def after_thoughts(logits, targets):
+    """Nats after each thought ``[S, M, B, T]``, and whether there is one: none before a row."""
+    after = np.stack([[nats(scaled(logits, f), targets) for f in each] for each in AFTER])
+    there = np.stack([np.ones(targets.shape), np.arange(targets.shape[1]) > np.zeros_like(targets)])
+    return after, there
+
+
+def mean_after_thoughts(logits, targets):
+    after, there = after_thoughts(logits, targets)
+    return (after.mean(axis=0) * there).sum(axis=0) / there.sum(axis=0)
+
+
+def thought_policy(logits, targets, temperature=3.0):
+    """Rewards are those at the parameters of the batch, for they carry no gradient."""
+    batch = batch_of()
+    fixed = logits_of(parameters(), batch["tokens"])
+    after, there = after_thoughts(fixed, targets)
+    gains = (nats(fixed, targets) - after) * there * batch["weights"] * (batch["segments"] > 0)
+    rewards = gains[:, 0].copy()
+    rewards[..., :-1] += gains[:, 1, :, 1:]
+    advantages = np.maximum(rewards - rewards.mean(axis=0), 0)
+    drawn = [(batch["tokens"] + step) % VOCABULARY for step in DRAWN]
+    thought = [
+        nats(scaled(logits, f) / temperature, d) for f, d in zip(DRAWING, drawn, strict=True)
+    ]
+    return (advantages * np.stack(thought)).mean(axis=0)
 
 
 def smoothed(logits, targets, share=0.3):
@@ -94,6 +132,9 @@ def surrogate(logits, targets, count=3, clip=0.1):
 
 
 LOSSES = {
+    AfterThought: Row(AfterThought(), mean_after_thoughts),
+    BeforeThought: Row(BeforeThought(), nats),
+    ThoughtPolicy: Row(ThoughtPolicy(), thought_policy),
     MixturePolicy: Row(MixturePolicy(), surrogate),
     DistributionKL: Row(DistributionKL(), relative_to_the_batch),
     ExpectedNextToken: Row(ExpectedNextToken(), expected_nats),
@@ -142,6 +183,20 @@ class Bigram(nn.Module):
             streams=jnp.stack([hidden, hidden / 2]),
         )
         return ModelOutput(hidden=hidden, trace=trace)
+
+    def think(self, tokens, **options):
+        output = self(tokens, **options)
+        hidden, real = output.hidden, options["segments"] > 0
+        count = jnp.arange(tokens.shape[1])[None]
+        return Thoughts(
+            before=hidden,
+            after=jnp.stack([jnp.stack([hidden * f for f in each]) for each in AFTER]),
+            there=jnp.stack([real, real & (count > 0)]),
+            share=jnp.zeros((2, 2, *tokens.shape)),
+            drawn=jnp.stack([(tokens + step) % VOCABULARY for step in DRAWN])[:, None],
+            drawing=jnp.stack([hidden * f for f in DRAWING])[:, None],
+            output=output,
+        )
 
     def logits(self, hidden):
         weight = self.head_weight().astype(hidden.dtype)

@@ -97,6 +97,8 @@ class Context:
         self._outputs: dict[str, Any] = {}
         self._streams: dict[str, tuple[Hidden, ...]] = {}
         self._whole: dict[tuple[str, int], Logits] = {}
+        self._thoughts: dict[str, Any] = {}
+        self._thought_nats: dict[str, tuple[Values, Float[Array, "S M B T"]]] = {}
         self._logits: dict[tuple[str, LossImpl | None, Any], TargetLogits] = {}
 
     def output(self, view: str = "policy") -> Any:
@@ -138,7 +140,8 @@ class Context:
                 batch["tokens"], mixture=mixture, method="mix"
             )
         options |= {name: batch[name] for name in ("prompt", "plan") if name in batch}
-        rngs = {} if key is None else {name: stream(key, name) for name in ("dropout", "routes")}
+        names = ("dropout", "routes", "thoughts")
+        rngs = {} if key is None else {name: stream(key, name) for name in names}
         return self._views[view](
             batch["tokens"],
             positions=batch["positions"],
@@ -170,6 +173,33 @@ class Context:
             self._streams[view] = tuple(found[name]["__call__"][0][0] for name in names)
         return self._streams[view]
 
+    def thoughts(self, view: str = "policy") -> Any:
+        """``models.Thoughts`` behind every token, of a model that thinks; its forward pass too.
+
+        Raises:
+            UserError: the model does not think.
+        """
+        if view not in self._thoughts:
+            if not hasattr(self._views[view].model, "think"):
+                raise UserError(f"{view} has no thoughts; its model is no ThinkingTransformer")
+            self._thoughts[view] = self._run(view, method="think")
+            self._outputs[view] = self._thoughts[view].output
+        return self._thoughts[view]
+
+    def thought_nats(self, view: str = "policy") -> tuple[Values, Float[Array, "S M B T"]]:
+        """Nats of each target before a thought, and after each that ``Thoughts.after`` has."""
+        if view not in self._thought_nats:
+            thoughts, targets = self.thoughts(view), self.batch["targets"]
+            shape = thoughts.after.shape[:-1]
+            every = jnp.broadcast_to(targets[None, None], shape).reshape(-1, shape[-1])
+            before = self.logits_from(thoughts.before, view)
+            after = self.logits_from(thoughts.after.reshape(*every.shape, -1), view, targets=every)
+            self._thought_nats[view] = (
+                before.log_sum_exp - before.target,
+                (after.log_sum_exp - after.target).reshape(shape),
+            )
+        return self._thought_nats[view]
+
     def target_logits(
         self,
         view: str = "policy",
@@ -196,6 +226,9 @@ class Context:
         view: str = "policy",
         impl: LossImpl | None = None,
         config: LinearCrossEntropyConfig | None = None,
+        *,
+        targets: Int[Array, "N T"] | None = None,
+        temperature: float = 1.0,
     ) -> TargetLogits:
         """:meth:`target_logits` of another stream than that which ``view`` ends with.
 
@@ -204,13 +237,24 @@ class Context:
             view: the model.
             impl: as there.
             config: as there.
+            targets: ids; None is the batch's.
+            temperature: by which logits are divided.
+
+        Raises:
+            UserError: a temperature other than 1, and rows of the vocabulary are shared.
         """
         model = self._views[view]
+        weight, softcap = model(method="head_weight"), model.model.head.softcap
+        if temperature != 1.0:
+            if isinstance(weight, SharedRows):
+                raise UserError("a head of shared rows has no temperature; use 1.0")
+            hidden = (hidden / temperature).astype(hidden.dtype)
+            softcap = None if softcap is None else softcap / temperature
         return target_logits(
             hidden,
-            model(method="head_weight"),
-            targets=self.batch["targets"],
-            softcap=model.model.head.softcap,
+            weight,
+            targets=self.batch["targets"] if targets is None else targets,
+            softcap=softcap,
             impl=impl,
             config=config,
         )

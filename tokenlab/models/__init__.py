@@ -47,6 +47,7 @@ from tokenlab.models.presets import llama, transformer_1m, transformer_15m, tran
 from tokenlab.models.pruned_backward import PrunedSwiGLU
 from tokenlab.models.routed import given_options, with_base, with_stand_ins
 from tokenlab.models.stand_ins import Forecaster, RoutedFeedForward, RoutedMixer
+from tokenlab.models.thinking import ThinkingTransformer, Thoughts, thinking
 from tokenlab.models.token_dropping import TokenDroppingAttention, lemo, shrunk
 from tokenlab.models.token_former import (
     Pattention,
@@ -109,6 +110,8 @@ __all__ = [
     "RoutedFeedForward",
     "RoutedMixer",
     "SwiGLU",
+    "ThinkingTransformer",
+    "Thoughts",
     "TiedHead",
     "TokenDroppingAttention",
     "Transformer",
@@ -128,6 +131,7 @@ __all__ = [
     "reduced_rank",
     "rotate",
     "shrunk",
+    "thinking",
     "token_former",
     "transformer_1m",
     "transformer_15m",

@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kernels_pallas.block_sparse_attention import Causal, MaskRule, block_sparse_attention
+from kernels_pallas.block_sparse_attention import (
+    Branching,
+    Causal,
+    MaskRule,
+    block_sparse_attention,
+)
 from tokenlab.attention import PrefillAttention, Prefilled
 from tokenlab.cache import Entries, Heads, LayerCache, SharedKeys
 from tokenlab.cache.layers import Shares
@@ -288,6 +293,8 @@ class Attention(Mixer):
             block_shape=(_BLOCK, _BLOCK),
             impl=self.impl,
         )
+        if blocks is None and isinstance(self.rule, Branching):
+            blocks = self._blocks(new, keys)
         listed = {} if blocks is None else {"blocks": blocks}
         return per_device(
             attend,

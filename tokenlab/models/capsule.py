@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from tokenlab.cache import Cache
-from tokenlab.core.arrays import Array, Float, Hidden, Int, Positions, Prompt, Segments, Tokens
-from tokenlab.core.context import View, target_logits
+from tokenlab.core.arrays import (
+    Array,
+    Float,
+    Hidden,
+    Int,
+    Positions,
+    Prompt,
+    Scalar,
+    Segments,
+    Tokens,
+)
+from tokenlab.core.context import target_logits
 from tokenlab.core.errors import UserError
 from tokenlab.core.parameters import dense_init, parameter
 from tokenlab.core.reports import Reports
 from tokenlab.core.weighted import Weighted
+from tokenlab.models.passes import Passes
 from tokenlab.models.transformer import ModelOutput, Transformer
 
 Plan = Int[Array, "B P"]
@@ -112,7 +123,7 @@ class CapsuleTransformer(Transformer):
             return super().__call__(tokens, **options, train=train, embeddings=embeddings)
         if self.slots == 0 or not self._plans(cache, tokens.shape[1]):
             return super().__call__(tokens, **options, train=train, embeddings=embeddings)
-        run = _Passes(self, tokens, options, train)
+        run = _CapsulePasses(self, tokens, options, train)
         x = self.embed(tokens) if embeddings is None else embeddings
         latents, flops = self._planned(run, x, plan)
         slot = run.slot[..., None]
@@ -136,7 +147,7 @@ class CapsuleTransformer(Transformer):
     ) -> Float[Array, "B K Z"]:
         """``z`` of a row's first segment, float32."""
         options = {"positions": positions, "segments": segments, "cache": None, "prompt": None}
-        run = _Passes(self, tokens, options, train=False)
+        run = _CapsulePasses(self, tokens, options, train=False)
         latents, _ = self._planned(run, self.embed(tokens), plan)
         slot = jnp.where(segments == 1, run.slot, -1)[..., None]
         return _gathered(slot, latents, self.slots)
@@ -145,7 +156,7 @@ class CapsuleTransformer(Transformer):
         """Logits of what follows each token of a plan, with nothing but the capsule before them."""
         tokens = jnp.zeros((len(plan), 0), plan.dtype)
         empty = {"positions": tokens, "segments": tokens, "cache": None, "prompt": None}
-        run = _Passes(self, tokens, empty, train=False)
+        run = _CapsulePasses(self, tokens, empty, train=False)
         return self._reader().logits(self._reading(run, self._capsules(latents), plan)[0])
 
     def _plans(self, cache: Cache | None, length: int) -> bool:
@@ -160,7 +171,7 @@ class CapsuleTransformer(Transformer):
         return cache.stage == "first"
 
     def _planned(
-        self, run: _Passes, x: Hidden, plan: Plan | None
+        self, run: _CapsulePasses, x: Hidden, plan: Plan | None
     ) -> tuple[Float[Array, "B T Z"], Any]:
         """``z`` at every slot, anything elsewhere, and the operations it took."""
         slot = run.slot[..., None]
@@ -198,7 +209,7 @@ class CapsuleTransformer(Transformer):
         return self if self.reader is None else self.reader
 
     def _reading(
-        self, run: _Passes, capsules: Float[Array, "B K D"], plan: Plan
+        self, run: _CapsulePasses, capsules: Float[Array, "B K D"], plan: Plan
     ) -> tuple[Float[Array, "B P D"], Any]:
         """The stream behind each token of a plan, and the operations."""
         model = self._reader()
@@ -209,7 +220,7 @@ class CapsuleTransformer(Transformer):
         return hidden[:, self.slots :], cost
 
     def _read_back(
-        self, run: _Passes, capsules: Float[Array, "B K D"], plan: Plan
+        self, run: _CapsulePasses, capsules: Float[Array, "B K D"], plan: Plan
     ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Any]:
         """Nats of the tokens of a plan behind its mark, their weights, and the operations."""
         hidden, cost = self._reading(run, capsules, plan[:, :-1])
@@ -221,34 +232,21 @@ class CapsuleTransformer(Transformer):
         return nats, (targets > 0).astype(jnp.float32), cost
 
 
-class _Passes:
-    """The plain model over one row, as often as it is asked; each pass reports for itself."""
+class _CapsulePasses(Passes):
+    """Passes over one row, and which of its places are slots."""
 
     def __init__(
         self, module: CapsuleTransformer, tokens: Tokens, options: dict[str, Any], train: bool
     ) -> None:
-        model, variables = module.unbind()
-        self.view = View(model=model, params=variables["params"])
-        self.model, self.tokens, self.options, self.train = model, tokens, options, train
-        self.rngs = {
-            name: module.make_rng(name) for name in ("dropout", "routes") if module.has_rng(name)
-        }
+        super().__init__(module, train=train)
+        self.tokens, self.options = tokens, options
         is_slot = (tokens == module.slot_id) & (options["segments"] > 0)
         number = jnp.cumsum(is_slot, axis=1) - 1
         self.slot = jnp.where(is_slot, number % module.slots, -1)
 
     def __call__(self, x: Hidden) -> ModelOutput:
         """Execution."""
-        return self._run(self.tokens, x, self.options)
-
-    def _run(self, tokens: Tokens, x: Hidden, options: dict[str, Any]) -> ModelOutput:
-        return cast(
-            ModelOutput,
-            self.view(
-                tokens, **options, train=self.train, embeddings=x, rngs=self.rngs,
-                method=Transformer.__call__,
-            ),
-        )  # fmt: skip
+        return self.run(self.tokens, x, **self.options)
 
     def planning(
         self, x: Hidden, before: tuple[Plan, Float[Array, "B P D"]] | None
@@ -267,8 +265,8 @@ class _Passes:
             )
             tokens = jnp.concatenate([plan, tokens], axis=1)
             x = jnp.concatenate([embedded, x], axis=1)
-        out = self._run(tokens, x, options)
-        return out.hidden[:, count:], self._flops(self.model, out, options)
+        out = self.run(tokens, x, **options)
+        return out.hidden[:, count:], _work(self.model, out, options)
 
     def reading(self, model: Transformer, tokens: Tokens, x: Hidden) -> tuple[Hidden, Any]:
         """States of a pass of ``model`` over capsule and plan, and its operations."""
@@ -279,18 +277,15 @@ class _Passes:
             "prompt": None,
         }
         if isinstance(model, CapsuleTransformer):
-            out = self._run(tokens, x, options)
+            out = self.run(tokens, x, **options)
         else:
             out = model(tokens, **options, train=self.train, embeddings=x)
-        return out.hidden, self._flops(model, out, options)
+        return out.hidden, _work(model, out, options)
 
-    @staticmethod
-    def _flops(model: Transformer, out: ModelOutput, options: dict[str, Any]) -> Any:
-        """Operations of a pass without those of the vocabulary."""
-        positions, segments = options["positions"], options["segments"]
-        ledger = model.ledger(out.trace, positions=positions, segments=segments)
-        projected = 2 * model.head.rows(model.vocab_size) * model.dim
-        return ledger.flops - jnp.sum(segments > 0) * projected
+
+def _work(model: Transformer, out: ModelOutput, options: dict[str, Any]) -> Scalar:
+    """Operations of a pass, but for those of the vocabulary."""
+    return model.work(out.trace, positions=options["positions"], segments=options["segments"])[0]
 
 
 def _gathered(

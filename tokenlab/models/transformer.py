@@ -14,7 +14,17 @@ from flax import linen as nn
 from jaxtyping import PyTree
 
 from tokenlab.cache import Cache, CachePolicy, Room
-from tokenlab.core.arrays import Array, Float, Hidden, Logits, Positions, Prompt, Segments, Tokens
+from tokenlab.core.arrays import (
+    Array,
+    Float,
+    Hidden,
+    Logits,
+    Positions,
+    Prompt,
+    Scalar,
+    Segments,
+    Tokens,
+)
 from tokenlab.core.ledger import Ledger
 from tokenlab.core.parameters import parameter
 from tokenlab.core.projection import SharedRows
@@ -273,6 +283,20 @@ class Transformer(nn.Module):
         per admitted pair; the projection costs ``2 * rows * width`` per token.
         """
         valid = jnp.sum(segments > 0).astype(jnp.float32)
+        flops, pairs = self.work(trace, positions=positions, segments=segments)
+        return Ledger(
+            passes=jnp.float32(1),
+            tokens=valid,
+            slots=jnp.float32(segments.size),
+            block_tokens=jnp.sum(trace.depth).astype(jnp.float32),
+            attended_pairs=pairs,
+            flops=flops + valid * 2 * self.head.rows(self.vocab_size) * self.dim,
+        )
+
+    def work(
+        self, trace: DepthTrace, *, positions: Positions, segments: Segments
+    ) -> tuple[Scalar, Scalar]:
+        """Operations and query-key pairs of the blocks in one forward pass, without a cache."""
         kinds = self.block.kinds()
         pairs = jnp.stack(
             [
@@ -286,15 +310,7 @@ class Transformer(nn.Module):
             ]
         )
         runs = jnp.sum(trace.active, axis=(1, 2), dtype=jnp.float32)
-        projected = valid * 2 * self.head.rows(self.vocab_size) * self.dim
-        return Ledger(
-            passes=jnp.float32(1),
-            tokens=valid,
-            slots=jnp.float32(segments.size),
-            block_tokens=jnp.sum(trace.depth).astype(jnp.float32),
-            attended_pairs=jnp.sum(pairs) + trace.pairs,
-            flops=self.flops(runs, pairs) + projected + trace.flops,
-        )
+        return self.flops(runs, pairs) + trace.flops, jnp.sum(pairs) + trace.pairs
 
     @nn.nowrap
     def flops(self, runs: Any, pairs: Any) -> Any:

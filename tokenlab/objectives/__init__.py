@@ -19,10 +19,18 @@ from tokenlab.objectives.next_token import (
     SmoothedNextToken,
     ZLoss,
 )
+from tokenlab.objectives.thoughts import (
+    AfterThought,
+    BeforeThought,
+    ThoughtPolicy,
+    thought_rewards,
+)
 
 __all__ = [
+    "AfterThought",
     "AllTokens",
     "AuxiliaryTerm",
+    "BeforeThought",
     "BudgetPenalty",
     "DistributionKL",
     "ExpectedNextToken",
@@ -35,8 +43,10 @@ __all__ = [
     "TargetRange",
     "TeacherKL",
     "Term",
+    "ThoughtPolicy",
     "TokenLoss",
     "TokenWeights",
     "ZLoss",
     "group_advantages",
+    "thought_rewards",
 ]
