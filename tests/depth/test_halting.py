@@ -234,11 +234,8 @@ def test_the_expected_loss_is_the_sum_of_the_losses_of_plain_loops(policy):
         expected += chances[d - 1] * np.asarray(NextToken()(context_of(fixed, params)))
     real = np.asarray(context.batch["segments"]) > 0
     np.testing.assert_allclose(np.asarray(found)[real], expected[real], rtol=1e-5)
-    slope = jax.grad(
-        lambda p: Objective(terms={"x": Term(loss=ExpectedNextToken())})(context_of(model, p))[
-            "x"
-        ].mean()
-    )(params)
+    objective = Objective(terms={"x": Term(loss=ExpectedNextToken())})
+    slope = jax.jit(jax.grad(lambda p: objective(context_of(model, p))["x"].mean()))(params)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(slope["depth"]))
     with pytest.raises(UserError, match="leaves one stream, not one for each depth"):
         ExpectedNextToken()(context_of(model.causal_twin(), params))
@@ -256,7 +253,7 @@ def test_drawn_depths_freeze_tokens_and_pass_the_gradient_of_the_mixture(policy)
     def total(params):
         return (context_of(model, params, train=True).output().hidden ** 2).mean()
 
-    slope = jax.grad(total)(params)["depth"]["decision"]
+    slope = jax.jit(jax.grad(total))(params)["depth"]["decision"]
     assert all(np.any(leaf) and np.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
 
 

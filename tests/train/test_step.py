@@ -116,28 +116,29 @@ for overrides in {changes!r}:
         "params": [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.params)],
     }}))
 """
-MESHES = {
-    "MeshShape(data=4, fsdp=2)": 2,
-    "MeshShape(data=4, tensor=2)": 2,
-    "MeshShape(fsdp=2, data=1, tensor=2, sequence=2)": 4,
-}
+ALL_AXES = {"MeshShape(fsdp=2, data=1, tensor=2, sequence=2)": 4}
+MESHES = {"MeshShape(data=4, fsdp=2)": 2, "MeshShape(data=4, tensor=2)": 2, **ALL_AXES}
 
 
 @pytest.mark.parametrize(
-    "depth", ["Sequential()", "MixtureOfRecursions(recursions=2, sharing='cycle')"]
+    ("depth", "arrangements"),
+    [
+        ("Sequential()", MESHES),
+        ("MixtureOfRecursions(recursions=2, sharing='cycle')", ALL_AXES),
+    ],
 )
-def test_one_device_and_eight_agree(corpus_folder, depth):
+def test_one_device_and_eight_agree(corpus_folder, depth, arrangements):
     """However they are arranged; heads, vocabulary, rows and positions are each split once."""
     data = {
         "data.corpus.pattern": str(corpus_folder / "corpus/*.txt"),
         "model.block.mixer": "Attention(num_heads=4, num_kv_heads=2)",
         "model.depth": depth,
     }
-    meshes = [data | {"mesh": mesh} for mesh in MESHES]
+    meshes = [data | {"mesh": mesh} for mesh in arrangements]
     (one,) = map(json.loads, run_on_devices(1, DEVICES.format(changes=[data])).splitlines())
     eight = list(map(json.loads, run_on_devices(8, DEVICES.format(changes=meshes)).splitlines()))
     assert (one["devices"], one["shards"]) == (1, 1)
-    for other, shards in zip(eight, MESHES.values(), strict=True):
+    for other, shards in zip(eight, arrangements.values(), strict=True):
         assert (other["devices"], other["shards"]) == (8, shards)
         np.testing.assert_allclose(one["losses"], other["losses"], rtol=1e-4)
         for a, b in zip(one["params"], other["params"], strict=True):
