@@ -16,6 +16,7 @@ from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.minimum_sum import MinimumNonNegativeSum
 from tokenlab.data.tasks.planted_facts import PlantedFacts
 from tokenlab.data.tasks.pointer_chase import PointerChase
+from tokenlab.data.tasks.programs import Programs
 from tokenlab.data.tasks.role_grammar import RoleGrammar
 from tokenlab.data.tasks.slot_text import SlotText
 from tokenlab.data.tasks.word_arithmetic import WordArithmetic
@@ -27,6 +28,7 @@ TABLE = {
     GridQuestions: ({"frames": 4}, {"questions": 3, "most_red": 12, "height": 5}),
     MinimumNonNegativeSum: ({"traces": 3, "low": 0}, {"digits": 5, "part": "held_out"}),
     PlantedFacts: ({"size": 100, "span": 400}, {"facts": 3, "keys": 5, "values": 30}),
+    Programs: ({"statements": 2, "names": 3}, {"modulus": 23, "letters": 5, "queries": 1}),
     RoleGrammar: ({"words": 40, "ambiguity": 0.5}, {"zipf": 1.2, "switched": True}),
     SlotText: ({"slots": 6, "words": 1},),
     WordArithmetic: (

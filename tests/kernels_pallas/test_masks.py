@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kernels_pallas.block_sparse_attention import (
     Bidirectional,
     BlockSparseAttentionConfig,
+    Branching,
     Causal,
     IndexRule,
     RangeRule,
@@ -21,6 +22,7 @@ from kernels_pallas.block_sparse_attention import (
     Strided,
     partial_attention,
 )
+from kernels_pallas.common import aot
 
 RULES = st.one_of(
     st.just(Bidirectional()),
@@ -140,3 +142,65 @@ def test_where_positions_are_no_indices_the_result_is_nan_and_never_wrong(impl):
     assert isinstance(rule, IndexRule) and not isinstance(Causal(), IndexRule)
     (out, log_sum_exp), _ = _attend(_arrays(43), *documents([20, 17], 43), rule=rule, impl=impl)
     assert bool(jnp.all(jnp.isnan(out)) & jnp.all(jnp.isnan(log_sum_exp)))
+
+
+def _branches(lengths, length, steps):
+    """Rows of documents, then ``steps`` tokens of a branch behind each of their tokens."""
+    rule, (positions, segments) = Branching(), documents(lengths, length)
+    leaving = [rule.branch(segments, positions)] * steps
+    return (
+        jnp.concatenate([positions + step for step in range(steps + 1)], axis=1),
+        jnp.concatenate([rule.trunk(segments), *leaving], axis=1),
+    )
+
+
+@pytest.mark.parametrize("within", [Causal(), SlidingWindow(size=3)], ids=str)
+def test_a_branch_sees_its_trunk_up_to_where_it_leaves_and_itself(within):
+    lengths, length, steps = [4, 3], 8, 2
+    positions, segments = _branches(lengths, length, steps)
+    sides = both_sides(positions[0], segments[0])
+    seen = Branching(within=within)(
+        sides["q_positions"][:, None],
+        sides["kv_positions"][None],
+        sides["q_segments"][:, None],
+        sides["kv_segments"][None],
+    )
+    document = [0] * 4 + [1] * 3 + [None]
+    for q, kv in np.ndindex(seen.shape):
+        (q_step, q_at), (kv_step, kv_at) = divmod(q, length), divmod(kv, length)
+        expected = document[q_at] is not None and document[q_at] == document[kv_at]
+        expected &= kv_at <= q_at if kv_step == 0 else (kv_at == q_at and kv_step <= q_step)
+        if within != Causal():
+            expected &= (q_at + q_step) - (kv_at + kv_step) < within.size
+        assert bool(seen[q, kv]) == expected, (q, kv)
+
+
+@pytest.mark.parametrize("impl", ["xla", "tpu"])
+def test_branches_agree_with_ref_in_value_and_gradient(impl):
+    tokens = _branches([7, 4], 13, 2)
+    arrays = _arrays(39)
+    ours = _attend(arrays, *tokens, rule=Branching(), impl=impl)
+    expected = _attend(arrays, *tokens, rule=Branching(), impl="ref")
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_branches_compile_for_a_tpu():
+    """Forward and backward, over blocks that are listed at run time, as a model lists them."""
+    like = jax.ShapeDtypeStruct
+    heads = like((1, 1024, 4, 128), jnp.bfloat16)
+    row, listed = like((1, 1024), jnp.int32), like((1, 8, 8), jnp.int32)
+
+    def attend(arrays, positions, segments, blocks):
+        def total(arrays):
+            q, k, v = arrays
+            out = partial_attention(
+                q=q, k=k, v=v, **both_sides(positions, segments), rule=Branching(), scale=0.1,
+                blocks=blocks,
+            )[0]  # fmt: skip
+            return jnp.sum(out.astype(jnp.float32))
+
+        return jax.grad(total)(arrays)
+
+    compiled = aot.compile_tpu(attend, (heads,) * 3, row, row, listed)
+    assert "tpu_custom_call" in compiled.as_text()

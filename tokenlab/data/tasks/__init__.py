@@ -8,6 +8,7 @@ from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.minimum_sum import MinimumNonNegativeSum
 from tokenlab.data.tasks.planted_facts import PlantedFacts
 from tokenlab.data.tasks.pointer_chase import PointerChase
+from tokenlab.data.tasks.programs import Programs
 from tokenlab.data.tasks.role_grammar import RoleGrammar
 from tokenlab.data.tasks.slot_text import SlotText
 from tokenlab.data.tasks.source import TaskSource
@@ -22,6 +23,7 @@ __all__ = [
     "PlantedFacts",
     "PointerChase",
     "Problem",
+    "Programs",
     "RoleGrammar",
     "SlotText",
     "Task",
