@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ from tokenlab.train.run import Run
 
 Arm = Literal["reinforced", "not reinforced", "pauses", "no thought"]
 
-TASK = Programs()
+TASK = Programs(statements=3, names=4, queries=1, letters=2)
 SOURCE = TaskSource(task=TASK)
 BASE_STEPS, STEPS, ROWS, HELD_OUT = 1500, 600, 16, 512
 HARD = 0.2  # share of tokens
@@ -150,7 +150,7 @@ class GoneOn(Trial):
         run = run_of(self.arm, model)
         rows = SOURCE.batches(tokenizer=TASK.tokenizer, batch_size=ROWS, seed=seed + 1)
         params = continued(run, params, itertools.islice(rows, STEPS))
-        found = {name: np.asarray(x) for name, x in read(model, params, batch).items()}
+        found: dict[str, Any] = jax.device_get(read(model, params, batch))
         figures = {
             "hard/nats": found["nats"][hard].mean(),
             "other/nats": found["nats"][asked & ~hard].mean(),

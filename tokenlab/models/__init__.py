@@ -2,6 +2,7 @@
 
 from tokenlab.models.adapters import ADAPTERS, adapted, merged, with_adapter
 from tokenlab.models.attention import Attention, Mixer
+from tokenlab.models.branches import Thoughts
 from tokenlab.models.capsule import CapsuleTransformer
 from tokenlab.models.expert_schedules import (
     AscendingExperts,
@@ -47,7 +48,7 @@ from tokenlab.models.presets import llama, transformer_1m, transformer_15m, tran
 from tokenlab.models.pruned_backward import PrunedSwiGLU
 from tokenlab.models.routed import given_options, with_base, with_stand_ins
 from tokenlab.models.stand_ins import Forecaster, RoutedFeedForward, RoutedMixer
-from tokenlab.models.thinking import ThinkingTransformer, Thoughts, thinking
+from tokenlab.models.thinking import ThinkingTransformer, thinking
 from tokenlab.models.token_dropping import TokenDroppingAttention, lemo, shrunk
 from tokenlab.models.token_former import (
     Pattention,

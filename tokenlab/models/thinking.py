@@ -5,63 +5,32 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from kernels_pallas.block_sparse_attention import Branching, RangeRule
 from tokenlab.cache import Cache
 from tokenlab.core.arrays import (
     Array,
-    Bool,
     Float,
     Hidden,
-    Int,
     Positions,
     PRNGKeyArray,
     Prompt,
-    Scalar,
     Segments,
     Tokens,
 )
 from tokenlab.core.errors import UserError
 from tokenlab.core.parameters import parameter, taken_over
-from tokenlab.depth import DepthTrace, Recursive, Sequential
 from tokenlab.models.adapters import drawn
+from tokenlab.models.branches import Branches, Row, Thoughts
 from tokenlab.models.layers import Linear
 from tokenlab.models.passes import Passes
-from tokenlab.models.transformer import Block, BlockPattern, ModelOutput, Transformer, layered
+from tokenlab.models.transformer import ModelOutput, Transformer
 
 # Marks are kept this much smaller than they are read: small steps of an optimiser move them far.
 _LOUD = 100.0
-
-
-@flax.struct.dataclass
-class Thoughts:
-    """What a model makes of rows with S thoughts behind every token, and M tokens said after each.
-
-    Streams are normalised, ready for the head, and stand where their target is predicted: that of
-    ``after[s, m, b, t]`` is the batch's ``targets[b, t]``, and the thought is of position t - m.
-
-    Attributes:
-        before: the stream without a thought.
-        after: the stream with what the thought left mixed into it.
-        there: whether position t - m is of the same document.
-        share: of the thought in the mixture, float32; not bounded.
-        drawn: tokens of the thought behind each token.
-        drawing: streams from which they were drawn.
-        output: of the first thought, for the ledger.
-    """
-
-    before: Hidden
-    after: Float[Array, "S M B T D"]
-    there: Bool[Array, "M B T"]
-    share: Float[Array, "S M B T"]
-    drawn: Int[Array, "S N B T"]
-    drawing: Float[Array, "S N B T D"]
-    output: ModelOutput
 
 
 class ThinkingTransformer(Transformer):
@@ -139,9 +108,9 @@ class ThinkingTransformer(Transformer):
         if prompt is not None:
             raise UserError("a model that thinks reads prompts as text; leave out their marks")
         x = self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype)
-        row = _Row(tokens, positions, segments, x)
+        row = Row(tokens, positions, segments, x)
         if cache is None:
-            return self._thinking(_Branches(self, row, train=train), talk=1).output
+            return self._thinking(Branches(self, row, train=train), talk=1).output
         if cache.stage == "draft" or (cache.stage == "next" and tokens.shape[1] > 1):
             raise UserError(
                 "a model that thinks reads a prompt in one pass and goes on by single tokens; "
@@ -151,7 +120,7 @@ class ThinkingTransformer(Transformer):
             tokens, x, positions=positions, segments=segments, cache=cache
         )
         behind = read if cache.stage == "next" else None
-        branches = _Branches(self, row, train=train, read=behind)
+        branches = Branches(self, row, train=train, read=behind)
         hidden = self._thinking(branches, talk=1).output.hidden
         trace = dataclasses.replace(read.trace, flops=read.trace.flops + branches.operations())
         after = read.cache if behind is None else branches.cache
@@ -168,8 +137,8 @@ class ThinkingTransformer(Transformer):
     ) -> Thoughts:
         """``samples`` thoughts behind every token, and ``talk`` tokens behind each of them."""
         x = self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype)
-        row = _Row(tokens, positions, segments, x)
-        branches = _Branches(self, row, train=train, samples=self.samples)
+        row = Row(tokens, positions, segments, x)
+        branches = Branches(self, row, train=train, samples=self.samples)
         branches.asked += self.samples * (self.talk + self.thought * (self.kind == "drawn"))
         return self._thinking(branches, talk=self.talk)
 
@@ -180,7 +149,7 @@ class ThinkingTransformer(Transformer):
         share = self.mix_last(x)[..., 0].astype(jnp.float32)
         return before + (share[..., None] * (after - before)).astype(before.dtype), share
 
-    def _thinking(self, branches: _Branches, *, talk: int) -> Thoughts:
+    def _thinking(self, branches: Branches, *, talk: int) -> Thoughts:
         marks = (_LOUD * self.embedding_scale * self.marks).astype(self.dtype)
         key = self.make_rng("thoughts") if self.has_rng("thoughts") else None
         branches.read(marks[0])
@@ -192,166 +161,7 @@ class ThinkingTransformer(Transformer):
         branches.read(marks[1])
         for ahead in range(1, talk):
             branches.read_row(ahead)
-        return branches.thoughts(talk)
-
-
-@flax.struct.dataclass
-class _Row:
-    """Rows of a pass; ``x`` is what enters the stack."""
-
-    tokens: Tokens
-    positions: Positions
-    segments: Segments
-    x: Hidden
-
-
-class _Branches:
-    """Rows, ``samples`` times each, and the branch that grows behind every token of them.
-
-    With ``read`` the rows are single tokens, and what they have behind them is in its cache.
-    """
-
-    def __init__(
-        self,
-        module: ThinkingTransformer,
-        row: _Row,
-        *,
-        train: bool,
-        samples: int = 1,
-        read: ModelOutput | None = None,
-    ) -> None:
-        block = None if read is not None else _branching(module, row.tokens.shape[1])
-        self.module, self.samples, self.before = module, samples, read
-        self.passes = Passes(module, train=train, block=block)
-        self.row = jax.tree.map(lambda x: jnp.tile(x, (samples, *[1] * (x.ndim - 1))), row)
-        self.cache = None if read is None else read.cache
-        self.x: list[Float[Array, "C T D"]] = []
-        self.segments: list[Int[Array, "C T"]] = []
-        self.drawn: list[Int[Array, "C T"]] = []
-        self.asked = 0  # times that each token of a row is projected to the vocabulary
-        self.depth: Any = 0
-        self.flops: Any = jnp.float32(0)
-        self.pairs: Any = jnp.float32(0)
-
-    def read(self, mark: Float[Array, " D"]) -> None:
-        """Every branch goes on with the same vector."""
-        self._grow(jnp.broadcast_to(mark, self.row.x.shape), self.row.segments)
-
-    def read_row(self, ahead: int) -> None:
-        """Every branch goes on with the token so far ahead of where it leaves its document."""
-        segments = self.row.segments
-        same = _shifted(segments, ahead) == segments
-        self._grow(_shifted(self.row.x, ahead), jnp.where(same, segments, 0))
-
-    def draw(self, key: PRNGKeyArray | None) -> None:
-        """Every branch goes on with a token that the model draws, or with the most likely one."""
-        hidden = self._run(frozen=True).hidden[:, -self.row.tokens.shape[1] :]
-        keys = None if key is None else jax.random.split(key, len(hidden))
-
-        def choose(row: tuple[Array, ...]) -> Int[Array, " T"]:
-            logits = self.passes.logits(row[0][None])[0]
-            if len(row) == 1:
-                return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            return jax.random.categorical(row[1], logits, axis=-1).astype(jnp.int32)
-
-        # A row at a time, so that no logits of a whole batch are made.
-        ids = jax.lax.map(choose, (hidden,) if keys is None else (hidden, keys))
-        self.asked += self.samples
-        self.drawn.append(ids)
-        self._grow(self.module.embed(ids), self.row.segments)
-
-    def thoughts(self, talk: int) -> Thoughts:
-        """The streams of a last pass, after which ``talk`` tokens are said."""
-        module, samples, count = self.module, self.samples, len(self.drawn)
-        (batch, length), dim = self._shape(), module.dim
-        out = self._run()
-        found = out.hidden.reshape(samples, batch, -1, length, dim)
-        if self.before is None:
-            before, found = found[:, :, 0], found[:, :, 1:]
-        else:
-            before = self.before.hidden[None]
-        segments, after, there, share = self.row.segments[:batch], [], [], []
-        for ahead in range(talk):
-            thought = _shifted(found[:, :, ahead - talk].reshape(-1, length, dim), -ahead)
-            mixed, part = module.mixed(before.reshape(-1, length, dim), thought)
-            after.append(mixed.reshape(samples, batch, length, dim))
-            share.append(part.reshape(samples, batch, length))
-            there.append((segments > 0) & (_shifted(segments, -ahead) == segments))
-        drawn = jnp.zeros((samples, 0, batch, length), jnp.int32)
-        if count:
-            drawn = jnp.stack([x.reshape(samples, batch, length) for x in self.drawn], axis=1)
-        return Thoughts(
-            before=before[0],
-            after=jnp.stack(after, axis=1),
-            there=jnp.stack(there),
-            share=jnp.stack(share, axis=1),
-            drawn=drawn,
-            drawing=jnp.moveaxis(found[:, :, :count], 2, 1),
-            output=ModelOutput(hidden=after[0][0], trace=self._trace(out.trace)),
-        )
-
-    def operations(self) -> Scalar:
-        """Of all passes, and of the vocabulary as often as it is asked."""
-        rows = self.module.head.rows(self.module.vocab_size)
-        valid = jnp.sum(self.row.segments[: self._shape()[0]] > 0)
-        return self.flops + valid * (2.0 * self.asked * rows * self.module.dim)
-
-    def _shape(self) -> tuple[int, int]:
-        rows, length = self.row.tokens.shape
-        return rows // self.samples, length
-
-    def _grow(self, x: Float[Array, "C T D"], segments: Int[Array, "C T"]) -> None:
-        self.x.append(x)
-        self.segments.append(segments)
-
-    def _run(self, *, frozen: bool = False) -> ModelOutput:
-        """A pass over the branches so far, and over the rows where no cache has them."""
-        rule, row, cache = Branching(), self.row, self.cache
-        x, segments = list(self.x), list(self.segments)
-        positions = [row.positions + ahead for ahead in range(1, len(x) + 1)]
-        if cache is None:
-            x, positions = [row.x, *x], [row.positions, *positions]
-            branches = (rule.branch(each, row.positions) for each in segments)
-            segments = [rule.trunk(row.segments), *branches]
-        where = {
-            "positions": jnp.concatenate(positions, axis=1),
-            "segments": jnp.concatenate(segments, axis=1),
-        }
-        entering = jnp.concatenate(x, axis=1)
-        nothing = jnp.zeros(entering.shape[:2], jnp.int32)
-        after = None if cache is None else cache.draft()
-        out = self.passes.run(nothing, entering, frozen=frozen, cache=after, **where)
-        model, trace = self.passes.model, out.trace
-        if cache is None:
-            flops, pairs = model.work(trace, **where)
-            self.flops, self.pairs = self.flops + flops, self.pairs + pairs
-        else:  # which counts pairs itself
-            runs = jnp.sum(trace.active, axis=(1, 2), dtype=jnp.float32)
-            self.flops += trace.flops + model.flops(runs, jnp.zeros(len(model.block.kinds())))
-            assert out.cache is not None
-            self.cache = out.cache.forget()
-        batch, length = self._shape()
-        self.depth += trace.depth.reshape(self.samples, batch, -1, length).sum(axis=(0, 2))
-        return out
-
-    def _trace(self, trace: DepthTrace) -> DepthTrace:
-        """The rows' own, to which the depth and the work of their thoughts are added."""
-        batch, length = self._shape()
-        active = trace.active[:, :batch, :length]
-        if self.cache is not None:
-            return DepthTrace(depth=self.depth, active=active)
-        row = jax.tree.map(lambda x: x[:batch], self.row)
-        flops, pairs = self.passes.model.work(
-            DepthTrace(depth=trace.depth[:batch, :length], active=active),
-            positions=row.positions,
-            segments=Branching().trunk(row.segments),
-        )
-        return DepthTrace(
-            depth=self.depth,
-            active=active,
-            flops=self.operations() - flops,
-            pairs=self.pairs - pairs,
-        )
+        return branches.thoughts(talk, self.mixed)
 
 
 def thinking(
@@ -374,38 +184,3 @@ def thinking(
     params = taken_over(drawn(made, key), params)
     mark = params["embedding"][like].astype(jnp.float32) / _LOUD
     return made, params | {"marks": jnp.stack([mark, mark])}
-
-
-def _branching(model: Transformer, length: int) -> Block | BlockPattern:
-    """The layers, for rows with branches.
-
-    Raises:
-        UserError: the depth program or a mixer knows no branches, or rows are too long.
-    """
-    if type(model.depth) not in (Sequential, Recursive):
-        raise UserError(
-            f"{type(model.depth).__name__} may choose among tokens, and branches would compete; "
-            "use Sequential or Recursive"
-        )
-    if length >= (1 << 16) - 1:
-        raise UserError(f"rows of {length} tokens have too many branches; use fewer than 65535")
-
-    def branching(kind: Block) -> Block:
-        mixer = kind.mixer
-        rule, prefill = getattr(mixer, "rule", None), getattr(mixer, "prefill", None)
-        if not isinstance(rule, RangeRule) or prefill is not None:
-            raise UserError(
-                f"{type(mixer).__name__} does not tell which keys a branch may see; use Attention "
-                "with a rule of ranges, such as Causal, and prefill=None"
-            )
-        return kind.clone(mixer=mixer.clone(rule=Branching(within=rule)))
-
-    return layered([branching(kind) for kind in model.block.kinds()])
-
-
-def _shifted(x: Array, ahead: int) -> Array:
-    """``y[:, t] = x[:, t + ahead]``, zero where there is none."""
-    length = x.shape[1]
-    width = [(0, 0), (max(-ahead, 0), max(ahead, 0))] + [(0, 0)] * (x.ndim - 2)
-    start = max(ahead, 0)
-    return jnp.pad(x, width)[:, start : start + length]
