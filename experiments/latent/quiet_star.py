@@ -87,21 +87,19 @@ def objective(arm: Arm) -> Objective:
 
 def begun(arm: Arm, seed: int) -> tuple[Transformer, PyTree]:
     """The model of an arm and its first parameters, which compute what the first model does."""
-    base = trained(config(seed))[0]
+    model, params = config(seed).model, trained(config(seed))[0].params
     if arm == "no thought":
-        return base.model, jax.tree.map(jnp.copy, base.params)
+        return model, jax.tree.map(jnp.copy, params)
     kind = "pauses" if arm == "pauses" else "drawn"
     samples = 1 if arm == "pauses" else 2
-    return thinking(
-        base.model, base.params, like=COLON, key=jax.random.key(seed), kind=kind, samples=samples
-    )
+    return thinking(model, params, like=COLON, key=jax.random.key(seed), kind=kind, samples=samples)
 
 
 @functools.cache
-def run_of(arm: Arm, model: Transformer) -> Run:
+def run_of(arm: Arm) -> Run:
     """The second stage of an arm; one program for all seeds."""
     changes = {
-        "model": model, "objective": objective(arm), "batch_size": ROWS, "steps": STEPS,
+        "model": begun(arm, 0)[0], "objective": objective(arm), "batch_size": ROWS, "steps": STEPS,
         "optimizer": AdamW(learning_rate=Cosine(peak=5e-4), weight_decay=1e-3),
     }  # fmt: skip
     return Run.of(configs.replace(config(), changes), tokenizer=TASK.tokenizer)
@@ -147,7 +145,7 @@ class GoneOn(Trial):
         first = np.asarray(read(base.model, base.params, batch)["nats"])
         hard = asked & (first >= np.quantile(first[asked], 1 - HARD))
         model, params = begun(self.arm, seed)
-        run = run_of(self.arm, model)
+        run = run_of(self.arm)
         rows = SOURCE.batches(tokenizer=TASK.tokenizer, batch_size=ROWS, seed=seed + 1)
         params = continued(run, params, itertools.islice(rows, STEPS))
         found: dict[str, Any] = jax.device_get(read(model, params, batch))
