@@ -59,7 +59,14 @@ class Thoughts:
 
 @flax.struct.dataclass
 class Row:
-    """Rows of a pass; ``x`` is what enters the stack."""
+    """Rows of a pass.
+
+    Attributes:
+        tokens: ids.
+        positions: of each token in its document.
+        segments: document of each token, 0 for padding.
+        x: what enters the stack.
+    """
 
     tokens: Tokens
     positions: Positions
