@@ -23,7 +23,7 @@ from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.decode import Autoregressive, Greedy
 from tokenlab.depth import MixtureOfRecursions, Recursive, Sequential
-from tokenlab.models import thinking
+from tokenlab.models import ThinkingTransformer, thinking
 
 KEY = jax.random.key(7)
 
@@ -32,6 +32,7 @@ def test_a_model_that_has_not_learned_to_think_is_the_plain_one_exactly():
     bare, batch = plain(), batch_of()
     params = params_of(bare)
     model, ours = thinking(bare, params, like=5, key=KEY, thought=2)
+    assert isinstance(model, ThinkingTransformer) and model.thought == 2
     expected = run(bare, params, batch).hidden
     # Products of matrices of another height round otherwise.
     np.testing.assert_allclose(run(model, ours, batch).hidden, expected, atol=3e-6)
