@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 USAGE = """\
   tokenlab train FILE|RUN [field=value ...]   train an experiment, or go on with a run folder
+  tokenlab train FILE:FUNCTION                train what another function than config() returns
   tokenlab train FILE --help                  every field with its type, value and meaning
   tokenlab eval RUN                           evaluate the newest checkpoint of a run
   tokenlab eval --model PATH --corpus NAME    bits per byte of a published model
@@ -155,8 +156,9 @@ def parse_overrides(items: Sequence[str]) -> dict[str, str]:
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
+    from tokenlab.evals import DepthHistogram
     from tokenlab.files import experiment_of
-    from tokenlab.plots import plot_curves
+    from tokenlab.plots import plot_curves, plot_depths
     from tokenlab.train.folder import default_folder
     from tokenlab.train.loop import Diverged, report, train
 
@@ -177,6 +179,10 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         return 1
     report(outcome, folder)
     plot_curves(folder).savefig(folder / "curves.png", dpi=150)
+    depths = {name: DepthHistogram.read(figures) for name, figures in outcome.evals.items()}
+    varying = {name: histogram for name, histogram in depths.items() if len(histogram.depth)}
+    if varying:
+        plot_depths(varying, unit="depth").savefig(folder / "depths.png", dpi=150)
     if outcome.finished:
         _print_evals(outcome.evals, console)
         for prompt, text in outcome.samples:

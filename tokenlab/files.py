@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import pathlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 from tokenlab.core.errors import UserError
@@ -31,14 +33,28 @@ def load_module(path: pathlib.Path) -> ModuleType:
 
 
 def experiment_of(path: pathlib.Path) -> Experiment:
-    """The experiment of a file's ``config()``, or of a run folder.
+    """The experiment of a file's ``config()``, of another function of it, or of a run folder.
+
+    Args:
+        path: a file, ``FILE.py:FUNCTION`` or a run folder.
 
     Raises:
-        UserError: neither is there.
+        UserError: none of them is there.
     """
     if path.is_dir():
         return load_experiment(path)
-    module = load_module(path)
-    if "config" not in vars(module):
-        raise UserError(f"{path} has no function config() that returns an Experiment")
-    return module.config()
+    name, colon, function = path.name.partition(".py:")
+    file = path.with_name(f"{name}.py") if colon else path
+    module = load_module(file)
+    made = getattr(module, function or "config", None)
+    experiment = made() if inspect.isfunction(made) and _needs_nothing(made) else None
+    if not isinstance(experiment, Experiment):
+        raise UserError(
+            f"{file} has no function {function or 'config'}() that returns an Experiment"
+        )
+    return experiment
+
+
+def _needs_nothing(function: Callable[..., object]) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return all(each.default is not each.empty for each in parameters)

@@ -9,6 +9,7 @@ Paper:    Bae et al., "Mixture-of-Recursions: Learning Dynamic Recursive Depths 
           Token-Level Computation", 2025, arXiv:2507.10524.
 Command:  python -m tokenlab data fetch english_prose
           python -m tokenlab train experiments/depth/mor.py
+          python -m tokenlab train experiments/depth/mor.py:plain
           python -m tokenlab study experiments/depth/mor.py
 Hardware: two CPU cores; twelve minutes for the run, forty for the study.
 Expected: 1.63 held-out bits per byte, read causally; the plain Transformer has 1.69 after the same

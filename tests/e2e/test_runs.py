@@ -105,6 +105,37 @@ def test_sigterm_saves_and_exits_cleanly(command, corpus_folder):
     assert len(deterministic(folder, "metrics.jsonl")) == 300
 
 
+def test_another_function_of_a_file_trains_and_a_varying_depth_is_in_its_report(
+    tokenlab, command, corpus_folder
+):
+    two, folder = corpus_folder / "two.py", corpus_folder / "run"
+    two.write_text(
+        command.tiny.read_text()
+        + """
+from tokenlab import config as configs
+from tokenlab.depth import MixtureOfRecursions
+
+
+def looped():
+    depth = MixtureOfRecursions(recursions=2)
+    return configs.replace(config(), {"model.depth": depth, "model.num_layers": 4, "steps": 4})
+
+
+def other(experiment):
+    return 1
+"""
+    )
+    tokenlab("train", "two.py:looped", "--run-dir", folder)
+    report = json.loads((folder / "report.json").read_text())
+    held_out = report["evals"]["held_out"]
+    shares = [held_out[name] for name in held_out if name.startswith("share_at_depth_")]
+    assert report["step"] == 4 and sum(shares) == pytest.approx(1) and len(shares) > 1
+    assert (folder / "depths.png").stat().st_size > 0
+    for name in ("missing", "other", "Fraction"):
+        _, err = tokenlab("train", f"two.py:{name}", "--run-dir", folder, code=2)
+        assert f"no function {name}()" in err
+
+
 def test_train_eval_generate_and_continue(tokenlab, command, corpus_folder):
     folder = corpus_folder / "run"
     out, _ = tokenlab("train", command.tiny, "model.num_layers=1", "--run-dir", folder)
@@ -112,6 +143,7 @@ def test_train_eval_generate_and_continue(tokenlab, command, corpus_folder):
     assert str(folder) in out.replace("\n", "")
     for name in ("config.json", "provenance.json", "report.json", "curves.png", "tokenizer.json"):
         assert (folder / name).stat().st_size > 0, name
+    assert not (folder / "depths.png").exists()  # which does not vary
     assert list((folder / "events").iterdir())
     report = json.loads((folder / "report.json").read_text())
     assert report["finished"] and report["step"] == 24

@@ -10,7 +10,7 @@ from flax import linen as nn
 from tokenlab.core.errors import UserError
 from tokenlab.data.tasks import Addition, PointerChase, SlotText
 from tokenlab.depth import FixedHalting, HaltingLoop, SkipDecode
-from tokenlab.evals import DepthAllocation, depth_fit
+from tokenlab.evals import DepthAllocation, DepthHistogram, depth_fit
 from tokenlab.models import llama
 
 
@@ -44,6 +44,27 @@ def test_what_does_not_vary_follows_nothing():
     assert depth_fit(np.arange(6.0), np.ones((6, 1))).spearman[0] == 0
 
 
+def test_a_histogram_counts_tokens_and_averages_their_loss():
+    depth, nats = np.asarray([[2.0, 4.0], [4.4, 2.0]]), np.asarray([[1.0, 5.0], [2.0, 2.0]])
+    found = DepthHistogram.of(depth, nats)
+    assert [side.tolist() for side in found] == [[2, 4], [0.5, 0.5], [1.5, 3.5]]
+    assert found.share @ found.nats == pytest.approx(nats.mean())
+    figures = found.figures()
+    assert figures == {
+        "share_at_depth_2": 0.5, "share_at_depth_4": 0.5,
+        "nats_at_depth_2": 1.5, "nats_at_depth_4": 3.5,
+    }  # fmt: skip
+    again = DepthHistogram.read({"bits_per_byte": 1.0, **dict(reversed(figures.items()))})
+    assert [side.tolist() for side in again] == [side.tolist() for side in found]
+
+
+def test_a_depth_that_does_not_vary_has_no_figures():
+    assert DepthHistogram.of(np.full(3, 5), np.ones(3)).figures() == {}
+    assert [len(side) for side in DepthHistogram.read({"accuracy": 1.0})] == [0, 0, 0]
+    empty = DepthHistogram.of(np.zeros(0), np.zeros(0))
+    assert [len(side) for side in empty] == [0, 0, 0]
+
+
 def measured(task, depth, layers, **options):
     model = llama(
         vocab_size=task.tokenizer.vocab_size, dim=16, num_layers=layers, num_heads=2,
@@ -62,6 +83,7 @@ def test_known_depths_are_measured_in_recursions_or_in_layers():
         found = measured(task, depth, 5, twin=twin)
         assert found["mean_depth"] == found["filler_depth"] == 2
         assert found["spearman"] == found["r_squared"] == 0
+        assert not any("at_depth" in name for name in found)
     chance = {f"accuracy_at_{hops}" for hops in (1, 2, 3)}
     assert chance <= set(found) and found["nats"] == pytest.approx(np.log(12), abs=0.5)
 
@@ -76,6 +98,9 @@ def test_columns_are_difficulties_that_a_schedule_follows_downwards():
     found = measured(task, depth, 5)
     assert [found[f"depth_at_{i}"] for i in range(4)] == [5, 4, 3, 2]
     assert found["mean_depth"] == 3.5
+    assert [found[f"share_at_depth_{i}"] for i in (5, 4, 3, 2)] == [0.25] * 4
+    nats = [found[f"nats_at_depth_{i}"] for i in (5, 4, 3, 2)]
+    assert np.mean(nats) == pytest.approx(found["nats"], rel=1e-5)
     if found["right"] > 1:
         assert found["spearman"] <= 0
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tokenlab.core.errors import UserError
 from tokenlab.data.base import Corpus, Document
+from tokenlab.depth import SkipDecode
 from tokenlab.evals import HeldOutText, windows
 from tokenlab.models import llama
 from tokenlab.tokenizers import ByteTokenizer
@@ -73,6 +74,31 @@ def test_bits_per_byte_is_the_sum_of_every_document_alone():
     assert figures["bytes"] == size
     assert figures["tokens"] == size + len(texts)
     assert figures["perplexity"] == pytest.approx(2 ** (bits / (size + len(texts))), rel=1e-4)
+
+
+def test_depths_are_those_of_the_scored_tokens():
+    """Positions 0 and 1 of a window run three layers, the others two."""
+    tokenizer, texts = ByteTokenizer(), [b"hello world", b"", b"x"]
+    model = llama(
+        vocab_size=tokenizer.vocab_size, dim=8, num_layers=3, num_heads=2, num_kv_heads=1,
+        hidden_dim=8, depth=SkipDecode(counts=(3, 3, 2)),
+    )  # fmt: skip
+    tokens = jnp.zeros((1, 4), int)
+    params = nn.meta.unbox(
+        model.init(jax.random.key(0), tokens, positions=tokens, segments=tokens + 1)["params"]
+    )
+    options = {"model": model, "params": params, "tokenizer": tokenizer}
+    found = HeldOutText(corpus=Memory(*texts), length=64, stride=64)(**options)
+    targets = [len(text) + 1 for text in texts]
+    deep = sum(min(2, count) for count in targets) / sum(targets)
+    assert found["share_at_depth_3"] == pytest.approx(deep)
+    assert found["share_at_depth_2"] == pytest.approx(1 - deep)
+    nats = deep * found["nats_at_depth_3"] + (1 - deep) * found["nats_at_depth_2"]
+    assert nats == pytest.approx(math.log(found["perplexity"]), rel=1e-5)
+    first = HeldOutText(corpus=Memory(b"", b"x"), length=64, stride=64)(**options)
+    assert not any("at_depth" in name for name in first)  # all run three
+    halves = HeldOutText(corpus=Memory(*texts), length=6, stride=3)(**options)
+    assert halves["share_at_depth_3"] == pytest.approx(deep)  # later windows score no position 0, 1
 
 
 def test_a_corpus_without_bytes_is_refused():

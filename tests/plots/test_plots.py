@@ -3,16 +3,21 @@
 import itertools
 import json
 
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
+from tokenlab.depth import DepthTrace
+from tokenlab.evals import DepthHistogram
 from tokenlab.plots import (
     plot_budgets,
     plot_curves,
+    plot_depths,
     plot_maps,
     plot_pass_lengths,
+    plot_received,
     plot_study,
     plot_token_values,
 )
@@ -90,6 +95,62 @@ def test_nothing_of_a_text_is_cut_off(tmp_path):
     for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
         assert (edge == 1.0).all()
     assert (picture < 1.0).any(axis=-1).mean() > 0.3
+
+
+def test_two_texts_can_share_a_scale_and_whole_numbers_have_whole_ticks():
+    figure = plot_token_values(["a", "b"], [2, 4], label="x", colours="Greys", limits=(0, 3))
+    (middle, top), bar = boxes(figure), figure.axes[1]
+    assert bar.get_xlim() == (0, 3)
+    assert top.get_facecolor() == matplotlib.colormaps["Greys"](1.0)
+    assert middle.get_facecolor() == matplotlib.colormaps["Greys"](2 / 3)
+    figure.draw_without_rendering()
+    assert all(tick % 1 == 0 for tick in bar.get_xticks())
+    fractions = plot_token_values(["a", "b"], [0.0, 0.5], label="x").axes[1].get_xticks()
+    assert any(tick % 1 for tick in fractions)
+
+
+@pytest.fixture
+def trace():
+    """Two rows of three tokens, two layers of experts, chances of three depths."""
+    chances = jnp.arange(18.0).reshape(3, 2, 3) / 18
+    experts = jnp.asarray([[[1, 2, 3], [0, 0, 0]], [[3, 2, 5], [1, 1, 1]]], jnp.float32)
+    return DepthTrace(
+        depth=jnp.asarray([[4, 2, 6], [2, 2, 2]]),
+        active=jnp.ones((6, 2, 3), bool),
+        figures={"active_experts": experts, "halting": chances, "mine": experts[:1]},
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "values", "label"),
+    [
+        ({}, [4, 2, 6], "blocks run"),
+        ({"row": 1}, [2, 2, 2], "blocks run"),
+        ({"figure": "active_experts"}, [2, 2, 4], "experts run, mean over layers"),
+        ({"figure": "active_experts", "entry": 1}, [3, 2, 5], "experts run, layer 2"),
+        ({"figure": "halting"}, [0, 1, 2], "chance of halting, recursion 1"),
+        ({"figure": "halting", "entry": 2, "row": 1}, [15, 16, 17],
+         "chance of halting, recursion 3"),
+        ({"figure": "mine", "label": "my own"}, [1, 2, 3], "my own"),
+    ],
+)  # fmt: skip
+def test_a_text_is_shaded_by_what_its_tokens_received(trace, asked, values, label):
+    figure = plot_received(["a", "b", "c"], trace, colours="Greys", **asked)
+    values = [value / (18 if "halting" in asked.values() else 1) for value in values]
+    expected = plot_token_values(["a", "b", "c"], values, label=label, colours="Greys")
+    shades = [box.get_facecolor() for box in boxes(figure)]
+    drawn = [box.get_facecolor() for box in boxes(expected)]
+    np.testing.assert_allclose(shades, drawn, atol=0.01)  # a colour map has 256 shades
+    assert figure.axes[1].get_xlabel() == label
+    np.testing.assert_allclose(figure.axes[1].get_xlim(), expected.axes[1].get_xlim(), rtol=1e-6)
+
+
+def test_the_beginning_of_a_row_can_be_drawn_and_nothing_beyond_it(trace):
+    assert len(boxes(plot_received(["a", "b"], trace))) == 2
+    with pytest.raises(ValueError, match="give one value per piece"):
+        plot_received(["a", "b", "c", "d"], trace)
+    with pytest.raises(ValueError, match="it has depth, active_experts, halting, mine"):
+        plot_received(["a"], trace, figure="experts")
 
 
 @pytest.fixture
@@ -291,3 +352,28 @@ def test_lengths_of_passes_are_shares_with_the_mean_marked():
 def test_no_passes_are_refused(lengths):
     with pytest.raises(ValueError, match="at least one pass"):
         plot_pass_lengths(lengths)
+
+
+def test_depths_are_shares_with_the_loss_of_each_above_them(tmp_path):
+    varied = DepthHistogram(np.asarray([2, 4]), np.asarray([0.25, 0.75]), np.asarray([1.0, 3.0]))
+    fixed = DepthHistogram(np.asarray([6]), np.asarray([1.0]), np.asarray([2.0]))
+    figure = plot_depths({"causal": varied, "whole": fixed})
+    causal, whole, loss, other = figure.axes
+    shares = {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in causal.patches}
+    assert shares == pytest.approx({2: 0.25, 4: 0.75})
+    assert loss.lines[0].get_xydata().tolist() == [[2, 1], [4, 3]]
+    assert other.lines[0].get_xydata().tolist() == [[6, 2]]
+    assert loss.get_ylim() == other.get_ylim()
+    assert causal.get_title() == "causal: 3.50" and whole.get_title() == "whole: 6.00"
+    assert causal.lines[0].get_xdata()[0] == 3.5
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in whole.get_xticklabels()] == ["2", "4", "6"]
+    picture = painted(figure, tmp_path / "depths.png")
+    for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+        assert (edge == 1.0).all()
+
+
+@pytest.mark.parametrize("histograms", [{}, {"a": DepthHistogram.read({})}])
+def test_no_depths_are_refused(histograms):
+    with pytest.raises(ValueError, match="at least one depth"):
+        plot_depths(histograms)

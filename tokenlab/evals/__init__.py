@@ -2,7 +2,7 @@
 
 from tokenlab.evals.base import Evaluation
 from tokenlab.evals.continuation import Continuation
-from tokenlab.evals.depth import DepthAllocation, Fit, depth_fit
+from tokenlab.evals.depth import DepthAllocation, DepthHistogram, Fit, depth_fit, token_depth
 from tokenlab.evals.objective import ObjectiveValue
 from tokenlab.evals.plans import PlanReadBack, probed
 from tokenlab.evals.references import ByteNgram, Compressor, witten_bell
@@ -16,13 +16,14 @@ from tokenlab.evals.routes import (
     random_routes,
 )
 from tokenlab.evals.task import TaskAccuracy
-from tokenlab.evals.text import HeldOutText, row_logp, windows
+from tokenlab.evals.text import HeldOutText, token_nats, windows
 
 __all__ = [
     "ByteNgram",
     "Compressor",
     "Continuation",
     "DepthAllocation",
+    "DepthHistogram",
     "Evaluation",
     "Fit",
     "HeldOutText",
@@ -39,7 +40,8 @@ __all__ = [
     "pattern_nats",
     "probed",
     "random_routes",
-    "row_logp",
+    "token_depth",
+    "token_nats",
     "windows",
     "witten_bell",
 ]

@@ -1,4 +1,4 @@
-"""Whether the depth that tokens are given follows the difficulty of what they predict."""
+"""What depth tokens are given, what their targets cost, and whether it follows difficulty."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import zlib
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import jax
@@ -20,12 +21,64 @@ from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
 from tokenlab.data.tasks import Task
 from tokenlab.evals.base import Evaluation
-from tokenlab.models import Transformer
+from tokenlab.models import ModelOutput, Transformer
 from tokenlab.tokenizers.base import Tokenizer
 
 _STREAM = zlib.crc32(b"depth")  # no source draws its rows from this seed
 
 _ARRAYS = ("tokens", "positions", "segments", "targets")
+
+
+_SHARE, _NATS = "share_at_depth_", "nats_at_depth_"
+
+
+def token_depth(out: ModelOutput) -> Float[Array, "B T"]:
+    """The recursions that a model reports of each token, else its block applications."""
+    recursions = out.trace.figures.get("recursions")
+    return out.trace.depth.astype(jnp.float32) if recursions is None else recursions[0]
+
+
+class DepthHistogram(NamedTuple):
+    """How many tokens were given each depth, and what their targets cost.
+
+    Attributes:
+        depth: the depths that occur, in whole numbers, from the least.
+        share: share of the tokens that were given each.
+        nats: mean loss of their targets.
+    """
+
+    depth: Int[np.ndarray, " K"]
+    share: Float[np.ndarray, " K"]
+    nats: Float[np.ndarray, " K"]
+
+    @classmethod
+    def of(
+        cls, depth: Float[np.ndarray, "*N"] | Int[np.ndarray, "*N"], nats: Float[np.ndarray, "*N"]
+    ) -> DepthHistogram:
+        """Counts tokens that have these depths, to be rounded, and losses."""
+        rounded = np.rint(np.ravel(depth)).astype(np.int64)
+        levels, place, counts = np.unique(rounded, return_inverse=True, return_counts=True)
+        sums = np.bincount(place, weights=np.ravel(nats).astype(np.float64), minlength=len(levels))
+        return cls(levels, counts / max(1, counts.sum()), sums / counts)
+
+    @classmethod
+    def read(cls, figures: Mapping[str, float]) -> DepthHistogram:
+        """What :meth:`figures` wrote, among others; of no depth where it wrote nothing."""
+        names = [name.removeprefix(_SHARE) for name in figures if name.startswith(_SHARE)]
+        depth = np.sort(np.asarray(names, np.int64))
+        sides = [[figures[f"{side}{level}"] for level in depth] for side in (_SHARE, _NATS)]
+        return cls(depth, *(np.asarray(side, np.float64) for side in sides))
+
+    def figures(self) -> dict[str, float]:
+        """``share_at_depth_N`` and ``nats_at_depth_N``; none where all tokens have one depth."""
+        if len(self.depth) < 2:
+            return {}
+        sides = {_SHARE: self.share, _NATS: self.nats}
+        return {
+            f"{side}{level}": float(value)
+            for side, values in sides.items()
+            for level, value in zip(self.depth, values, strict=True)
+        }
 
 
 class Fit(NamedTuple):
@@ -70,7 +123,8 @@ class DepthAllocation(Evaluation):
     ``depth`` of a token is the number of recursions that the model reports for it, expected or
     entered, otherwise that of its block applications. Figures: ``accuracy`` and ``mean_depth`` of
     the answers' tokens, also ``accuracy_at_N`` and ``depth_at_N`` of those of difficulty N;
-    ``nats`` of each, and ``late_nats`` of those in the later half of their row's;
+    ``nats`` of each, and ``late_nats`` of those in the later half of their row's; where their depth
+    varies, the share of them at each depth and their loss, as :class:`DepthHistogram` names them;
     ``filler_depth`` of all other tokens; ``spearman`` and ``r_squared`` of depth on difficulty over
     the answers that are right, of which there are ``right``.
 
@@ -131,6 +185,7 @@ class DepthAllocation(Evaluation):
             here = difficulty == level
             figures[f"accuracy_at_{level}"] = float(right[here].mean())
             figures[f"depth_at_{level}"] = float(given[here].mean())
+        figures |= DepthHistogram.of(given, nats[asked]).figures()
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
@@ -146,8 +201,6 @@ def _predicted(
     """The likeliest token behind each, the nats of the true one, and the depth of each."""
     view = View(model=model, params=params)
     out = view(tokens, positions=positions, segments=segments)
-    recursions = out.trace.figures.get("recursions")
-    depth = out.trace.depth.astype(jnp.float32) if recursions is None else recursions[0]
     logits = view(out.hidden, method="logits")
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
-    return jnp.argmax(logits, axis=-1), -logp[..., 0], depth
+    return jnp.argmax(logits, axis=-1), -logp[..., 0], token_depth(out)

@@ -9,15 +9,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 
+from tokenlab.core.arrays import Array, Float
 from tokenlab.core.context import Context, View
 from tokenlab.core.errors import UserError
 from tokenlab.data.base import Batch, Corpus
 from tokenlab.evals.base import Evaluation
+from tokenlab.evals.depth import DepthHistogram, token_depth
 from tokenlab.models import Transformer
 from tokenlab.tokenizers.base import Tokenizer
 
@@ -32,7 +33,9 @@ class HeldOutText(Evaluation):
     are those of a complete code for the documents.
 
     ``bits_per_byte = -sum log2 p(target) / bytes`` does not depend on the tokenizer;
-    ``perplexity = exp(-mean log p(target))`` is per token.
+    ``perplexity = exp(-mean log p(target))`` is per token. Where the depth of tokens varies, there
+    are also the share of tokens at each depth and the loss of their targets, as
+    :class:`DepthHistogram` names them.
 
     Attributes:
         corpus: where the documents come from.
@@ -63,7 +66,7 @@ class HeldOutText(Evaluation):
     def __call__(
         self, *, model: nn.Module, params: PyTree, tokenizer: Tokenizer
     ) -> dict[str, float]:
-        """Bits per byte, perplexity and counts, of the model's causal twin.
+        """Bits per byte, perplexity, counts and depths, of the model's causal twin.
 
         Raises:
             UserError: there is not one byte to score.
@@ -75,15 +78,18 @@ class HeldOutText(Evaluation):
                 f"split {self.split!r} of the corpus is empty; raise its held_out share"
             )
         model = cast(Transformer, model).causal_twin()
-        nats, targets = 0.0, 0
+        found = []
         for batch in self._batches(texts, tokenizer):
-            nats -= float(np.sum(np.asarray(row_logp(model, params, batch)), dtype=np.float64))
-            targets += int(batch["weights"].sum())
+            scored = batch["weights"] > 0
+            found.append([np.asarray(each)[scored] for each in token_nats(model, params, batch)])
+        nats, depth = (np.concatenate(each) for each in zip(*found, strict=True))
+        total = float(nats.sum(dtype=np.float64))
         return {
-            "bits_per_byte": nats / math.log(2) / size,
-            "perplexity": math.exp(nats / targets),
+            "bits_per_byte": total / math.log(2) / size,
+            "perplexity": math.exp(total / len(nats)),
             "bytes": size,
-            "tokens": targets,
+            "tokens": len(nats),
+            **DepthHistogram.of(depth, nats).figures(),
         }
 
     def _batches(self, texts: Iterable[bytes], tokenizer: Tokenizer) -> Iterator[Batch]:
@@ -133,7 +139,9 @@ def _stack(rows: list[Batch]) -> Batch:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def row_logp(model: nn.Module, params: PyTree, batch: dict[str, Any]) -> jax.Array:
-    """Log-probability in nats of the weighted targets of each row, float32 [B]."""
+def token_nats(
+    model: nn.Module, params: PyTree, batch: dict[str, Any]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """The loss of each target in nats, and the depth that its token was given."""
     context = Context(batch=batch, views={"policy": View(model=model, params=params)})
-    return jnp.sum(context.token_logp() * batch["weights"], axis=1)
+    return -context.token_logp(), token_depth(context.output())

@@ -11,7 +11,16 @@ import matplotlib.patches
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from tokenlab.depth import DepthTrace
+
+_RECEIVED = {
+    "depth": "blocks run",
+    "recursions": "recursions",
+    "active_experts": "experts run",
+    "halting": "chance of halting",
+}
 _MARKS = {"\n": "⏎", "\t": "⇥"}
 
 
@@ -22,6 +31,7 @@ def plot_token_values(
     label: str,
     columns: int = 90,
     colours: str = "YlOrRd",
+    limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Draws a text whose tokens are shaded by a value: loss, depth, credit.
 
@@ -31,6 +41,7 @@ def plot_token_values(
         label: what the number is, with its unit.
         columns: characters per line, at most.
         colours: name of a Matplotlib colour map.
+        limits: ends of the scale; None takes the least and the greatest value.
 
     Raises:
         ValueError: there is no piece, or not one value for each.
@@ -43,10 +54,12 @@ def plot_token_values(
     size = (max(0.08 * width, 3.0) + 0.4, 0.24 * lines + 0.9)
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
-    scale = Normalize(float(np.nanmin(values)), float(np.nanmax(values)))
+    shades = np.asarray(values, np.float64)
+    scale = Normalize(*(limits or (np.nanmin(shades), np.nanmax(shades))), clip=True)
     palette = matplotlib.colormaps[colours].with_extremes(bad="lightgrey")
+    painted = palette(scale(np.ma.masked_invalid(shades)))
     for number, line, column, text in places:
-        colour = palette(scale(values[number]))
+        colour = tuple(painted[number])
         corner = (column, -line - 0.5)
         axis.add_patch(matplotlib.patches.Rectangle(corner, len(text), 1, color=colour, lw=0))
         dark = np.dot(colour[:3], [0.3, 0.6, 0.1]) < 0.5
@@ -59,8 +72,69 @@ def plot_token_values(
     axis.set_ylim(0.5 - lines, 0.5)
     axis.axis("off")
     bar = matplotlib.cm.ScalarMappable(norm=scale, cmap=palette)
-    figure.colorbar(bar, ax=axis, label=label, location="bottom", fraction=0.06, aspect=60)
+    whole = np.all((shades % 1 == 0) | np.isnan(shades))
+    figure.colorbar(
+        bar, ax=axis, label=label, location="bottom", fraction=0.06, aspect=60,
+        ticks=MaxNLocator(integer=True) if whole else None,
+    )  # fmt: skip
     return figure
+
+
+def plot_received(
+    pieces: Sequence[str],
+    trace: DepthTrace,
+    *,
+    figure: str = "depth",
+    entry: int | None = None,
+    row: int = 0,
+    label: str | None = None,
+    columns: int = 90,
+    colours: str = "YlGnBu",
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Draws a text whose tokens are shaded by what a pass gave them: depth, experts, halting.
+
+    Args:
+        pieces: text of each token that was read, from the row's first.
+        trace: of the pass.
+        figure: ``"depth"``, the blocks run on a token; or a figure of the trace, such as
+            ``"recursions"``, ``"active_experts"`` or ``"halting"``.
+        entry: which layer's figure, of ``"halting"`` which recursion's, from 0; None is the mean
+            over layers, of ``"halting"`` the first recursion.
+        row: of the batch.
+        label: what the number is; None says it of the figures above, and names the others.
+        columns: characters per line, at most.
+        colours: name of a Matplotlib colour map.
+        limits: ends of the scale; None takes the least and the greatest value.
+
+    Raises:
+        ValueError: the trace has no such figure, or fewer tokens than there are pieces.
+    """
+    if figure == "depth":
+        entries = trace.depth[None]
+    elif figure in trace.figures:
+        entries = trace.figures[figure]
+    else:
+        known = ", ".join(["depth", *trace.figures])
+        raise ValueError(f"the trace has no figure {figure!r}; it has {known}")
+    if entry is None and figure == "halting":
+        entry = 0
+    values = np.asarray(entries, np.float64)[:, row, : len(pieces)]
+    return plot_token_values(
+        pieces,
+        (values.mean(axis=0) if entry is None else values[entry]).tolist(),
+        label=_label(figure, entry, len(values)) if label is None else label,
+        columns=columns,
+        colours=colours,
+        limits=limits,
+    )
+
+
+def _label(figure: str, entry: int | None, entries: int) -> str:
+    said = _RECEIVED.get(figure, figure)
+    if entry is None:
+        return said if entries == 1 else f"{said}, mean over layers"
+    return f"{said}, {'recursion' if figure == 'halting' else 'layer'} {entry + 1}"
 
 
 class _Place(NamedTuple):
