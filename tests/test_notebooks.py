@@ -8,9 +8,9 @@ import nbformat
 import pytest
 
 FOLDER = pathlib.Path(__file__).parent.parent / "notebooks"
-# The pictures of each; those that read a published model are slow.
-PICTURES = {"long_context": 4, "quickstart": 2, "speculation": 3}
-SLOW = {"long_context", "speculation"}
+# The pictures of each; those that train for long or read a published model are slow.
+PICTURES = {"long_context": 4, "quickstart": 2, "speculation": 3, "what_each_token_received": 5}
+SLOW = {"long_context", "speculation", "what_each_token_received"}
 
 
 def sources(notebook):
