@@ -98,7 +98,8 @@ def _decoded(policy, q, k, written):
         query, key = (jax.lax.dynamic_slice_in_dim(x, at, 1, axis=1) for x in (q, written))
         new = entries(query, key, tokens + at)
         reading = policy.read(state, new, heads=LAYER)
-        recalled = attention_recalled(reading, new, every, heads=LAYER)
+        earlier = jnp.reshape(tokens + at, 1)  # without the token itself
+        recalled = attention_recalled(reading, new, every, heads=LAYER, lengths=earlier)
         (view,) = reading.views
         read = jnp.sum(view.selected >= 0, axis=2).mean()
         return policy.append(reading.state, new, heads=LAYER), (recalled.mean(), read)

@@ -179,7 +179,7 @@ def _published(bits: int) -> dict[str, PublishedModel]:
 
 
 def study() -> Study:
-    """The planted layer at three bits, the model at two and three."""
+    """The planted layer at three bits, the model at two, three and four."""
     important = {"metric": "planted/important", "margin": 0.25, "relative": True}
     claims = [
         Claim(arm="planted_rsq", than="planted_nearest", **important),
@@ -193,7 +193,7 @@ def study() -> Study:
         ),
     ]
     text = "model/bits_per_byte"
-    for bits in (3, 2):
+    for bits in (4, 3, 2):
         claims += [
             # Equal, to a hundredth of a bit, is enough.
             Claim(arm=f"rsq_{bits}", than=f"quarot_{bits}", metric=text, margin=-0.01),
@@ -210,6 +210,7 @@ def study() -> Study:
             "planted_gptq": PlantedLayer(),
             "planted_rsq": PlantedLayer(unimportant=0.01),
             "unquantised": PublishedModel(method=None),
+            **_published(4),
             **_published(3),
             **_published(2),
         },

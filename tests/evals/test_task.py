@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from kernels_pallas.block_sparse_attention import SlidingWindow
+from tokenlab import config
+from tokenlab.cache import FullCache, RingCache
 from tokenlab.core.errors import UserError
 from tokenlab.data.tasks import Addition, AssociativeRecall
-from tokenlab.decode import Decoder, Generation
+from tokenlab.decode import Autoregressive, Decoder, Generation, Greedy
 from tokenlab.evals import TaskAccuracy, task
 from tokenlab.models import llama
 from tokenlab.tokenizers import ByteTokenizer
@@ -106,6 +109,43 @@ def test_an_untrained_model_scores_what_its_argmax_gets():
         logits = model.apply({"params": params}, out.hidden[:, -1:], method="logits")
         right += int(jnp.argmax(logits)) == problem.answer[0]
     assert figures["accuracy"] == pytest.approx(right / 40)
+
+
+def test_the_end_of_a_prompt_is_read_through_the_cache_of_the_decoder():
+    """Token by token, a ring of three reads what a window of four shows, which is not all."""
+    recall = AssociativeRecall(keys=6, values=6, pairs=5, queries=1)
+    model = llama(
+        vocab_size=recall.tokenizer.vocab_size, dim=16, num_layers=2, num_heads=2, num_kv_heads=1,
+        hidden_dim=16,
+    )  # fmt: skip
+    tokens = jnp.zeros((1, 4), int)
+    params = nn.meta.unbox(
+        model.init(jax.random.key(1), tokens, positions=tokens, segments=tokens + 1)["params"]
+    )
+    # So that an untrained model tells keys apart.
+    params = jax.tree.map(lambda x: 4 * x, params)
+    windowed = config.replace(model, {"block.mixer.rule": SlidingWindow(size=4)})
+    problems = recall.problems(seed=(task._STREAM, 0), count=64)
+
+    def right(model):
+        ids = jnp.asarray([problem.prompt for problem in problems])
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        out = model.apply({"params": params}, ids, positions=positions, segments=jnp.ones_like(ids))
+        logits = model.apply({"params": params}, out.hidden[:, -1:], method="logits")
+        answers = jnp.asarray([problem.answer[0] for problem in problems])
+        return float(jnp.mean(jnp.argmax(logits[:, 0], axis=1) == answers))
+
+    def found(**fields):
+        evaluation = TaskAccuracy(
+            task=recall, problems=64, decoder=Autoregressive(sampler=Greedy(), **fields)
+        )
+        return evaluation(model=model, params=params, tokenizer=recall.tokenizer)["accuracy"]
+
+    ring = RingCache(budget=3)
+    assert right(model) != right(windowed)
+    assert found(cache=ring, prefill_chunk=1) == pytest.approx(right(windowed))
+    assert found(cache=FullCache(), prefill_chunk=1) == pytest.approx(right(model))
+    assert found(cache=ring) == pytest.approx(right(model))  # the prompt is read whole
 
 
 def test_another_tokenizer_is_refused():
