@@ -8,6 +8,8 @@ Paper:    Wu et al., "LouisKV: Efficient KV Cache Retrieval for Long Input-Outpu
 Command:  python -m tokenlab study experiments/cache/louiskv.py
 Hardware: one CPU core, one minute.
 Expected: 0.98 of the attention at one step in twenty, as at every step; pages find 0.36 of it.
+          The paper's check on a trained model is in ``recall.py``: at an eighth of the text it
+          keeps the answers of the full cache with clusters of 4 tokens, not with 16 (0.79).
 """
 
 import dataclasses

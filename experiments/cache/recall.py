@@ -11,8 +11,17 @@ Papers:   Li et al., "EMS", 2024, arXiv:2412.08521; Wu et al., "TokenSelect", 20
           arXiv:2411.02886; Wu et al., "LouisKV", 2025, arXiv:2510.11292; Xiao et al., "ActQKV",
           2025, arXiv:2502.13542.
 Command:  python -m tokenlab study experiments/cache/recall.py
-Hardware: TODO
-Expected: TODO
+Hardware: two CPU cores, busy: twenty minutes, three of them for the model.
+Expected: of the facts 1.00 are recalled with all keys. At 32 and 64 of 256 tokens: TokenSelect 1.00
+          and 1.00; PageTopK 0.90, 0.95; LouisKV 0.80, 0.94 with the paper's clusters of 16 tokens,
+          1.00 and 1.00 with clusters of 4; ActQKV 0.71, 0.85; EMS 0.49, 0.68; H2O 0.46, 0.62;
+          SnapKV 0.44, 0.63; sinks and window 0.19, 0.31. TokenSelect keeps 0.99 at four times the
+          trained length, where the full cache falls to 0.68. EMS keeps facts more evenly by depth
+          than H2O and SnapKV at 64 (0.09 from the best third to the worst, against 0.44 and 0.16);
+          at 32 all seeds say so too, but three do not bound it. Two checks do not hold: LouisKV's
+          facts in records, 0.79 with clusters of 16 (1.00 with 4; queries jump at 0.96 of the
+          steps, so nothing is saved); and ActQKV's probe finds no more than the mean query, 0.33
+          and 0.32 behind 2,048 tokens, 0.43 and 0.41 behind 1,024 with smaller blocks.
 """
 
 import dataclasses
@@ -52,7 +61,9 @@ SHORT = PlantedFacts(size=256 + 16, facts=8)
 RECORDS = dataclasses.replace(SHORT, record=4)
 LONG = dataclasses.replace(SHORT, size=1024 + 16)
 WINDOWS = dataclasses.replace(SHORT, size=2048 + 15)  # a question ends a window
+HALF = dataclasses.replace(WINDOWS, size=1024 + 15)
 BUDGETS = (32, 64)
+LOUIS = ("LouisKV", "LouisKV, clusters of 4")
 _STREAM = zlib.crc32(b"recall")
 
 
@@ -132,21 +143,23 @@ class Recall(Trial):
 
 def survival(view: View, policy: EMS, texts, places) -> dict[str, float]:
     """Share of heads that keep a fact's entry, by thirds of the text, and how far they differ."""
-
-    @jax.jit
-    def read(params, tokens) -> Cache:
-        cache = model.empty_cache(policy, batch=len(tokens), capacity=tokens.shape[1])
-        lengths = jnp.full(len(tokens), tokens.shape[1])
-        return prefill(model, params, cache, tokens, lengths)[0]
-
     model, params = for_decoding(view.model, view.params)
-    kept = np.stack([state.positions for state in read(params, jnp.asarray(texts)).states])
+    cache = _read((model, policy), params, jnp.asarray(texts))
+    kept = np.stack([state.positions for state in cache.states])
     there = (kept[..., None] == places[:, None, None]).any(axis=3).mean(axis=(0, 2))
     third = places * 3 // texts.shape[1]
     shares = [float(there[third == part].mean()) for part in range(3)]
     names = ("early", "middle", "late")
     figures = {f"needles/{name}": share for name, share in zip(names, shares, strict=True)}
     return figures | {"needles/unevenness": max(shares) - min(shares)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(static, params, tokens) -> Cache:
+    model, policy = static
+    cache = model.empty_cache(policy, batch=len(tokens), capacity=tokens.shape[1])
+    lengths = jnp.full(len(tokens), tokens.shape[1])
+    return prefill(model, params, cache, tokens, lengths)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,22 +217,28 @@ def study() -> Study:
             f"{name} at {budget}": Recall(policy=policy, budget=budget)
             for name, policy in policies(budget).items()
         }
-    louis, wide = policies(32)["LouisKV"], TokenSelect(budget=256, sinks=4, window=64)
+    wide = TokenSelect(budget=256, sinks=4, window=64)
     streaming = SinkCache(budget=256, renumber=True)
-    probes = {"budget": 288, "sinks": 16, "window": 128, "block": 16}
+    probes = {"sinks": 16, "window": 128}
+    coarse, fine = {**probes, "budget": 288, "block": 16}, {**probes, "budget": 212, "block": 4}
     chunked = functools.partial(Recall, prefill_chunk=64)
     arms |= {
         "records, full cache": Recall(policy=FullCache(), budget=256, task=RECORDS),
-        "records, LouisKV at 32": Recall(policy=louis, budget=32, task=RECORDS),
+        **{
+            f"records, {name} at 32": Recall(policy=policies(32)[name], budget=32, task=RECORDS)
+            for name in LOUIS
+        },
         "TokenSelect, 256 of 256": chunked(policy=wide, budget=256),
         "TokenSelect, 256 of 1024": chunked(policy=wide, budget=256, task=LONG),
         "full cache, 1024": chunked(policy=FullCache(), budget=1024, task=LONG),
         "sink and recent, 256 of 1024": chunked(policy=streaming, budget=256, task=LONG),
-        "activation probe, 2048": Asked(policy=ActQKV(**probes), budget=288),
-        "mean probe, 2048": Asked(policy=MeanProbe(**probes), budget=288),
+        "activation probe, 2048": Asked(policy=ActQKV(**coarse), budget=288),
+        "mean probe, 2048": Asked(policy=MeanProbe(**coarse), budget=288),
+        "activation probe, 1024": Asked(policy=ActQKV(**fine), budget=212, task=HALF),
+        "mean probe, 1024": Asked(policy=MeanProbe(**fine), budget=212, task=HALF),
     }
     more = functools.partial(Claim, metric="recall/accuracy", better="higher")
-    flatter = functools.partial(Claim, arm="EMS at 32", metric="needles/unevenness")
+    flatter = functools.partial(Claim, metric="needles/unevenness")
     token_select = functools.partial(more, arm="TokenSelect, 256 of 1024")
     return Study(
         name="recall",
@@ -232,15 +251,24 @@ def study() -> Study:
                 more(arm=f"{name} at 32", than="sink and recent at 32")
                 for name in ("EMS", "PageTopK", "TokenSelect", "LouisKV", "ActQKV")
             ),
-            flatter(than="H2O at 32"),
-            flatter(than="SnapKV at 32"),
-            more(
-                arm="records, LouisKV at 32", than="records, full cache", margin=-0.02,
-                matched="text",
+            *(
+                flatter(arm=f"EMS at {budget}", than=f"{name} at {budget}")
+                for budget in BUDGETS
+                for name in ("H2O", "SnapKV")
+            ),
+            *(
+                more(
+                    arm=f"records, {name} at 32", than="records, full cache", margin=-0.02,
+                    matched="text",
+                )
+                for name in LOUIS
             ),
             token_select(than="TokenSelect, 256 of 256", margin=-0.05),
             token_select(than="full cache, 1024", margin=0.25, matched="text"),
             token_select(than="sink and recent, 256 of 1024", margin=0.25),
-            more(arm="activation probe, 2048", than="mean probe, 2048"),
+            *(
+                more(arm=f"activation probe, {text}", than=f"mean probe, {text}")
+                for text in (2048, 1024)
+            ),
         ),
     )  # fmt: skip
