@@ -27,6 +27,7 @@ Expected: of the facts 1.00 are recalled with all keys. At 32 and 64 of 256 toke
 import dataclasses
 import functools
 import zlib
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ from tokenlab.decode import Autoregressive, Greedy, score_continuation
 from tokenlab.decode.passes import prefill
 from tokenlab.evals import TaskAccuracy
 from tokenlab.experiment import Experiment
-from tokenlab.models import for_decoding, llama
+from tokenlab.models import Transformer, for_decoding, llama
 from tokenlab.objectives import NextToken, Objective, Term
 from tokenlab.study import Bound, Claim, Measured, Study, Trial
 from tokenlab.study.trained import trained
@@ -143,7 +144,7 @@ class Recall(Trial):
 
 def survival(view: View, policy: EMS, texts, places) -> dict[str, float]:
     """Share of heads that keep a fact's entry, by thirds of the text, and how far they differ."""
-    model, params = for_decoding(view.model, view.params)
+    model, params = for_decoding(cast(Transformer, view.model), view.params)
     cache = _read((model, policy), params, jnp.asarray(texts))
     kept = np.stack([state.positions for state in cache.states])
     there = (kept[..., None] == places[:, None, None]).any(axis=3).mean(axis=(0, 2))

@@ -22,9 +22,9 @@ Expected: ReSET has 99 % of the traces right, a temperature of 0.6 has 76 % and 
           The decoder has 0.937 of its answers right at 0.6 and 0.901 in NVFP4; there ReSET has
           0.938, 1.0 has 0.792 and 0.1 has 0.943. In each of the three models NVFP4 loses, and ReSET
           is above 0.6 and 1.0; but models differ by more than that, so that only the last is
-          bounded: no more than 0.02 behind 0.1. Branches stay as open at 0.1 as anywhere (7.1 of
-          eight samples differ, 7.3 with ReSET), for four words are as likely there. Entropies from
-          0.5 to 1 nat are more common in NVFP4: 0.05 of the tokens against 0.03.
+          bounded: no more than 0.02 behind 0.1, at which 7.1 of eight samples still differ (7.3
+          with ReSET). Entropies from 0.5 to 1 nat are more common in NVFP4: 0.05 of the tokens
+          against 0.03.
 """
 
 import dataclasses
