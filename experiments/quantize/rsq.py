@@ -11,10 +11,11 @@ Command:  python -m tokenlab data fetch english_prose
           python -m tokenlab study experiments/quantize/rsq.py
 Hardware: one CPU core, an hour and a half on a busy machine; every arm that has run is kept.
 Expected: on the planted layer RSQ has a third of GPTQ's error on important tokens and nearly twice
-          its error on all. The model has 1.18 bits per byte as it is; at four bits 1.483 by rounding,
-          1.372 by GPTQ, 1.220 rotated and 1.216 by RSQ; at three bits 2.65 by rounding, 2.12 by GPTQ, 1.345 rotated and 1.315 by RSQ; at two bits 5.52, 4.79, 1.83 and
-          1.77. One claim does not hold: that GPTQ without a rotation beats rounding by 5 % at two
-          bits, of which three draws are not enough (13 %, interval -2 to 29).
+          its error on all. The model has 1.18 bits per byte as it is; at four bits 1.483 by
+          rounding, 1.372 by GPTQ, 1.220 rotated and 1.216 by RSQ; at three bits 2.65, 2.12, 1.345
+          and 1.315; at two bits 5.52, 4.79, 1.83 and 1.77. One claim does not hold: that
+          GPTQ without a rotation beats rounding by 5 % at two bits, of which three draws are not
+          enough (13 %, interval -2 to 29).
 """
 
 import dataclasses
