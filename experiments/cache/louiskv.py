@@ -8,6 +8,8 @@ Paper:    Wu et al., "LouisKV: Efficient KV Cache Retrieval for Long Input-Outpu
 Command:  python -m tokenlab study experiments/cache/louiskv.py
 Hardware: one CPU core, one minute.
 Expected: 0.98 of the attention at one step in twenty, as at every step; pages find 0.36 of it.
+          The paper's check on a trained model is in ``recall.py``: at an eighth of the text it
+          keeps the answers of the full cache with clusters of 4 tokens, not with 16 (0.79).
 """
 
 import dataclasses
@@ -98,7 +100,8 @@ def _decoded(policy, q, k, written):
         query, key = (jax.lax.dynamic_slice_in_dim(x, at, 1, axis=1) for x in (q, written))
         new = entries(query, key, tokens + at)
         reading = policy.read(state, new, heads=LAYER)
-        recalled = attention_recalled(reading, new, every, heads=LAYER)
+        earlier = jnp.reshape(tokens + at, 1)  # without the token itself
+        recalled = attention_recalled(reading, new, every, heads=LAYER, lengths=earlier)
         (view,) = reading.views
         read = jnp.sum(view.selected >= 0, axis=2).mean()
         return policy.append(reading.state, new, heads=LAYER), (recalled.mean(), read)

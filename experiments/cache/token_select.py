@@ -9,7 +9,8 @@ Paper:    Wu et al., "TokenSelect: Efficient Long-Context Inference and Length E
 Command:  python -m tokenlab study experiments/cache/token_select.py
 Hardware: one CPU core, half a minute.
 Expected: the usual heads keep 0.41 of their attention by vote, 0.18 by the sum of logits, 0.12 by
-          pages, and 0.06 by sinks and a window.
+          pages, and 0.06 by sinks and a window. On a trained model (``recall.py``) 0.99 of the
+          facts are recalled at four times the trained length, where the full cache has 0.68.
 """
 
 import dataclasses

@@ -27,7 +27,11 @@ TABLE = {
     AssociativeRecall: ({"pairs": 30}, {"keys": 200}),
     GridQuestions: ({"frames": 4}, {"questions": 3, "most_red": 12, "height": 5}),
     MinimumNonNegativeSum: ({"traces": 3, "low": 0}, {"digits": 5, "part": "held_out"}),
-    PlantedFacts: ({"size": 100, "span": 400}, {"facts": 3, "keys": 5, "values": 30}),
+    PlantedFacts: (
+        {"size": 100, "span": 400},
+        {"facts": 3, "keys": 5, "values": 30},
+        {"facts": 4, "record": 2},
+    ),
     Programs: ({"statements": 2, "names": 3}, {"modulus": 23, "letters": 5, "queries": 1}),
     RoleGrammar: ({"words": 40, "ambiguity": 0.5}, {"zipf": 1.2, "switched": True}),
     SlotText: ({"slots": 6, "words": 1},),

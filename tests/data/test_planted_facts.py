@@ -57,6 +57,25 @@ def test_answers_alone_are_a_range_of_targets():
     np.testing.assert_array_equal(weights, answers.weights)
 
 
+def test_facts_of_a_record_stand_side_by_side_and_are_asked_in_a_row():
+    task = PlantedFacts(size=120, facts=6, record=3, keys=12)
+    rows = task.sample(seed=0, count=200)
+    asked = np.arange(task.size - 12, task.size, 2)
+    told = asked - rows.difficulty[:, asked]
+    assert (np.diff(told.reshape(200, 2, 3), axis=2) == 1).all()
+    assert len(np.unique(told)) > 90  # anywhere
+    keys = rows.tokens[:, asked] - FIRST_SYMBOL - task.values
+    values = rows.targets[:, asked] - FIRST_SYMBOL
+    facts = np.take_along_axis(rows.tokens, told, axis=1) - FIRST_SYMBOL
+    np.testing.assert_array_equal(facts, task.values + 12 + task.words + 8 * keys + values)
+    assert rows.weights.sum(axis=1).tolist() == [6.0] * 200
+
+
+def test_records_that_do_not_fill_are_refused():
+    with pytest.raises(UserError, match="records of 4"):
+        PlantedFacts(facts=6, record=4)
+
+
 def test_a_row_without_room_is_refused():
     with pytest.raises(UserError, match="no room"):
         PlantedFacts(size=15, facts=5)

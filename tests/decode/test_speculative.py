@@ -62,6 +62,7 @@ DRAFTERS = {
     "chains": Chains(count=3, length=3),
     "dynamic": DynamicTree(size=9, deepest=4),
     "layered": DynamicTree(size=9, deepest=4, threshold=0.1),
+    "expected": DynamicTree(size=9, deepest=4, expected=True),
     "fixed": FixedTree(branches=(3, 2)),
     "early exit": Chains(length=3, view=None, early_exit=1),
     "lookup": PromptLookup(length=5),
@@ -69,7 +70,7 @@ DRAFTERS = {
     "followers": Goose(size=12, width=4, deepest=0),
     "spine": Goose(size=6, width=0, deepest=6),
 }
-SLOW = ("layered", "followers", "spine")
+SLOW = ("layered", "expected", "followers", "spine")
 every = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in DRAFTERS]
 )
@@ -207,6 +208,7 @@ DISTRIBUTED = {
     "chains": (Chains(count=3, length=2), RecursiveRejection()),
     "dynamic": (DynamicTree(size=6, deepest=3), RecursiveRejection()),
     "layered": (DynamicTree(size=6, deepest=3, threshold=0.2), RecursiveRejection()),
+    "expected": (DynamicTree(size=6, deepest=3, expected=True), RecursiveRejection()),
     "fixed": (FixedTree(branches=(3, 2)), RecursiveRejection()),
     "lookup": (PromptLookup(length=3), RecursiveRejection()),
     "goose": (Goose(size=6, width=2, deepest=3), RecursiveRejection()),

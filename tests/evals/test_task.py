@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from kernels_pallas.block_sparse_attention import SlidingWindow
+from tokenlab import config
+from tokenlab.cache import FullCache, RingCache
 from tokenlab.core.errors import UserError
 from tokenlab.data.tasks import Addition, AssociativeRecall
-from tokenlab.decode import Decoder, Generation
+from tokenlab.decode import Autoregressive, Decoder, Generation, Greedy
 from tokenlab.evals import TaskAccuracy, task
 from tokenlab.models import llama
 from tokenlab.tokenizers import ByteTokenizer
@@ -86,26 +89,54 @@ def test_one_right_attempt_is_enough():
     assert shares[1] == pytest.approx(5 / 9, abs=0.15)
 
 
-def test_an_untrained_model_scores_what_its_argmax_gets():
-    recall = AssociativeRecall(keys=2, values=2, pairs=2, queries=1)
+def untrained(recall, *, seed, **sizes):
     model = llama(
-        vocab_size=recall.tokenizer.vocab_size, dim=8, num_layers=1, num_heads=2, num_kv_heads=1,
-        hidden_dim=8,
+        vocab_size=recall.tokenizer.vocab_size, num_heads=2, num_kv_heads=1, **sizes
     )  # fmt: skip
     tokens = jnp.zeros((1, 4), int)
-    params = nn.meta.unbox(
-        model.init(jax.random.key(5), tokens, positions=tokens, segments=tokens + 1)["params"]
-    )
+    where = {"positions": tokens, "segments": tokens + 1}
+    return model, nn.meta.unbox(model.init(jax.random.key(seed), tokens, **where)["params"])
+
+
+def share_right(model, params, problems):
+    """Of the problems whose answer is the likeliest token behind the whole prompt."""
+    ids = jnp.asarray([problem.prompt for problem in problems])
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    out = model.apply({"params": params}, ids, positions=positions, segments=jnp.ones_like(ids))
+    logits = model.apply({"params": params}, out.hidden[:, -1:], method="logits")
+    answers = jnp.asarray([problem.answer[0] for problem in problems])
+    return float(jnp.mean(jnp.argmax(logits[:, 0], axis=1) == answers))
+
+
+def test_an_untrained_model_scores_what_its_argmax_gets():
+    recall = AssociativeRecall(keys=2, values=2, pairs=2, queries=1)
+    model, params = untrained(recall, seed=5, dim=8, num_layers=1, hidden_dim=8)
     evaluation = TaskAccuracy(task=recall, problems=40, batch_size=16)
     figures = evaluation(model=model, params=params, tokenizer=recall.tokenizer)
-    right = 0
-    for problem in recall.problems(seed=(task._STREAM, 0), count=40):
-        ids = jnp.asarray([problem.prompt])
-        positions = jnp.arange(ids.shape[1])[None]
-        out = model.apply({"params": params}, ids, positions=positions, segments=jnp.ones_like(ids))
-        logits = model.apply({"params": params}, out.hidden[:, -1:], method="logits")
-        right += int(jnp.argmax(logits)) == problem.answer[0]
-    assert figures["accuracy"] == pytest.approx(right / 40)
+    problems = recall.problems(seed=(task._STREAM, 0), count=40)
+    assert figures["accuracy"] == pytest.approx(share_right(model, params, problems))
+
+
+def test_the_end_of_a_prompt_is_read_through_the_cache_of_the_decoder():
+    """Token by token, a ring of three reads what a window of four shows, which is not all."""
+    recall = AssociativeRecall(keys=6, values=6, pairs=5, queries=1)
+    model, params = untrained(recall, seed=1, dim=16, num_layers=2, hidden_dim=16)
+    # So that an untrained model tells keys apart.
+    params = jax.tree.map(lambda x: 4 * x, params)
+    windowed = config.replace(model, {"block.mixer.rule": SlidingWindow(size=4)})
+    problems = recall.problems(seed=(task._STREAM, 0), count=64)
+
+    def found(**fields):
+        decoder = Autoregressive(sampler=Greedy(), **fields)
+        evaluation = TaskAccuracy(task=recall, problems=64, decoder=decoder)
+        return evaluation(model=model, params=params, tokenizer=recall.tokenizer)["accuracy"]
+
+    whole, near = (share_right(one, params, problems) for one in (model, windowed))
+    assert whole != near
+    ring = RingCache(budget=3)
+    assert found(cache=ring, prefill_chunk=1) == pytest.approx(near)
+    assert found(cache=FullCache(), prefill_chunk=1) == pytest.approx(whole)
+    assert found(cache=ring) == pytest.approx(whole)  # the prompt is read whole
 
 
 def test_another_tokenizer_is_refused():

@@ -189,6 +189,12 @@ class ActQKV(Retrieval):
     def _far(self, q: Float[Array, "B T H E"], heads: Heads) -> Float[Array, "B T H E"]:
         return heads.rotate(q, positions=jnp.full(q.shape[:2], self.window, jnp.int32))
 
+    def weights(
+        self, u: Float[Array, "B T D"], valid: Bool[Array, "B T"], moments: Moments
+    ) -> Float[Array, "B T"]:
+        """Of the queries of a pass in its probe; 0 for padding."""
+        return probe_weights(u, valid, moments, warm=self.warm)
+
     def _scores(
         self,
         state: Blocks,
@@ -197,7 +203,7 @@ class ActQKV(Retrieval):
         length: int,
     ) -> Float[Array, "B N"]:
         u = far.astype(jnp.float32).reshape(*far.shape[:2], -1)
-        weights = probe_weights(u, valid, state.moments, warm=self.warm)
+        weights = self.weights(u, valid, state.moments)
         probe = jnp.sum(weights[..., None] * u, axis=1)
         scores = _cosines(probe, state.representatives)
         if self.question is None or length == 1:

@@ -30,6 +30,10 @@ class TaskAccuracy(Evaluation):
     binomial ``standard_error`` there is one figure for each difficulty that occurs, and ``tokens``,
     the mean length of what was written.
 
+    Through a cache, ``decoder=Autoregressive(cache=..., prefill_chunk=...)``: a prompt that is read
+    whole is read with all of its keys, and an answer of one token then never meets the cache. In
+    chunks, the question at the prompt's end sees what the cache shows of the chunks before.
+
     Attributes:
         task: makes and checks the problems.
         problems: how many.

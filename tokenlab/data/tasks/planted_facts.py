@@ -31,6 +31,7 @@ class PlantedFacts(Task):
     Attributes:
         size: positions of a row.
         facts: facts of a row, of distinct keys; all are asked.
+        record: facts that stand side by side, and are asked one after another.
         keys: number of keys.
         values: number of values.
         words: number of words beside the facts.
@@ -43,6 +44,7 @@ class PlantedFacts(Task):
 
     size: int = 1024
     facts: int = 6
+    record: int = 1
     keys: int = 16
     values: int = 8
     words: int = 32
@@ -54,6 +56,10 @@ class PlantedFacts(Task):
             0 < self.facts <= self.keys and self.words >= 4 and self.values > 0,
             f"PlantedFacts has {self.facts} facts, {self.keys} keys, {self.words} words; use "
             "0 < facts <= keys and 4 or more words",
+        )
+        require(
+            self.record > 0 and self.facts % self.record == 0,
+            f"PlantedFacts has {self.facts} facts in records of {self.record}; use a divisor",
         )
         require(
             self.size > 3 * self.facts and (self.span is None or self.span >= self.size),
@@ -81,11 +87,13 @@ class PlantedFacts(Task):
         body = self.size - 2 * self.facts
         keys = np.argsort(rng.random((count, self.keys)), axis=1)[:, : self.facts]
         values = rng.integers(self.values, size=keys.shape)
-        told = np.argsort(rng.random((count, body)), axis=1)[:, : self.facts]
+        places = np.argsort(rng.random((count, body // self.record)), axis=1)
+        first = self.record * places[:, : self.facts // self.record, None]
+        told = (first + np.arange(self.record)).reshape(count, self.facts)
         symbols = np.full((count, self.size), -1)
         symbols[:, body::2], symbols[:, body + 1 :: 2] = keys + self.values, values
-        first = self.values + self.keys + self.words
-        symbols[rows, told] = first + keys * self.values + values
+        fact = self.values + self.keys + self.words
+        symbols[rows, told] = fact + keys * self.values + values
         difficulty = np.full_like(symbols, UNDEFINED)
         difficulty[:, body::2] = np.arange(body, self.size, 2)[None] - told
         table = np.tile(np.arange(self.words), (self.words, 1))

@@ -41,8 +41,11 @@ class DynamicTree(ModelDrafter):
     The draft reads a tree whenever the best way is one whose distribution it has not seen yet, so
     its passes are far fewer than nodes.
 
+    With ``expected``, ways are ranked by ``v Σ R^2``, the chance that verification gets there and
+    that the token drawn there is accepted, with R in the place of the target.
+
     Reference: Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree
-    Structure", 2024, arXiv:2410.11744, algorithm 1.
+    Structure", 2024, arXiv:2410.11744, algorithm 1; its text has the rank of ``expected``.
 
     Differences from the paper: arrays instead of a heap; where a model is to be asked, all nodes
     are asked of at once; ``layered`` is its threshold variant.
@@ -50,13 +53,16 @@ class DynamicTree(ModelDrafter):
     Attributes:
         size: nodes of a tree.
         deepest: longest path; a node there has no child.
-        threshold: only ways of at least this value are taken; 0 takes the best until the tree is
+        threshold: only ways of at least this rank are taken; 0 takes the best until the tree is
             full. ``1 / size`` is the paper's choice for its cheaper variant.
+        expected: whether the rank of a way has the acceptance of its next token in it; otherwise it
+            is v.
     """
 
     size: int = 16
     deepest: int = 8
     threshold: float = 0.0
+    expected: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,27 +101,37 @@ class DynamicTree(ModelDrafter):
 
         def step(carry: tuple[Tree, _Frontier, Reader], i: Array) -> tuple[tuple, None]:
             tree, frontier, state = carry
-            best = jnp.argmax(frontier.value, axis=1)
+            best = jnp.argmax(self._ranks(frontier), axis=1)
             known = jnp.take_along_axis(frontier.known, best[:, None], axis=1)
             frontier, state = jax.lax.cond(
                 jnp.all(known),
                 lambda: (frontier, state),
                 lambda: _informed(frontier, tree, *ask(state, tree)),
             )
+            # What the draft has just read may rank lower than before.
+            ranks = self._ranks(frontier)
             tree, frontier = jax.vmap(self._add, in_axes=(0, 0, 0, None, 0))(
-                tree, frontier, best, i, keys
+                tree, frontier, ranks, i, keys
             )
             return (tree, frontier, state), None
 
         (tree, _, state), _ = jax.lax.scan(step, (tree, frontier, state), jnp.arange(self.size))
         return tree, state
 
+    def _ranks(self, frontier: _Frontier) -> Float[Array, "B M"]:
+        """By which the best way is found; at least as high as that where the draft is unknown."""
+        if not self.expected:
+            return frontier.value
+        accepted = jnp.sum(frontier.left**2, axis=2)
+        return frontier.value * jnp.where(frontier.known, accepted, 1.0)
+
     def _add(
-        self, tree: Tree, frontier: _Frontier, slot: Array, i: Array, key: Array
+        self, tree: Tree, frontier: _Frontier, ranks: Array, i: Array, key: Array
     ) -> tuple[Tree, _Frontier]:
-        """One row: node ``i`` as the next child of ``slot``."""
+        """One row: node ``i`` as the next child of the best slot."""
+        slot = jnp.argmax(ranks)
         value, left = frontier.value[slot], frontier.left[slot]
-        taken = (value > 0) & (value >= self.threshold)
+        taken = (ranks[slot] > 0) & (ranks[slot] >= self.threshold)
         token, rest = _drawn(jax.random.fold_in(key, i), left)
         chance = left[token]
         again = jnp.where(jnp.any(rest > 0), value * (1 - chance), 0.0)
