@@ -10,7 +10,7 @@ Paper:    Zelikman, Harik, Shao, Jayasiri, Haber, Goodman, "Quiet-STaR: Language
           Themselves to Think Before Speaking", 2024, arXiv:2403.09629
 Command:  python -m tokenlab study experiments/latent/quiet_star.py
 Hardware: two CPU cores, half an hour on a busy machine.
-Expected: nothing shows at this setting, the only one with three seeds; 600 steps of 16 rows are few.
+Expected: nothing shows at this setting, the only one of three seeds; 600 steps of 16 rows are few.
           Hard tokens fall from 1.694 nats to 1.677 with thoughts, 1.678 without reinforcement,
           1.674 with pauses, 1.672 without a thought: no two arms differ. Rewards are 0.0001
           (-0.0008 to 0.0010), the mixture holds 0.04 of the thought; other tokens are as before.
