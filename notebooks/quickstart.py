@@ -39,11 +39,12 @@ from tokenlab.train.loop import train
 
 # %% [markdown]
 # ## An experiment is an object
-# `replace` is the only way to change one. Here: other text (Python's own `email` package, which
-# lies on every disk), bytes instead of pieces, a smaller model, fewer steps.
+# `replace` is the only way to change one. Here, of the plain Transformer beside the quickstart:
+# other text (Python's own `email` package, which lies on every disk), bytes instead of pieces, a
+# smaller model, fewer steps.
 
 # %%
-experiment = experiment_of(pathlib.Path("../experiments/quickstart.py"))
+experiment = experiment_of(pathlib.Path("../experiments/quickstart.py:plain"))
 corpus = TextFiles(pattern=sysconfig.get_paths()["stdlib"] + "/email/*.py", held_out=0.15)
 small = config.replace(
     experiment,

@@ -32,8 +32,11 @@ def lowered(experiment, mesh):
 @pytest.mark.parametrize(
     ("file", "mesh", "kernels"),
     [
-        ("quickstart.py", MeshShape(data=2, tensor=2), ATTENTION | LOSS),
-        ("depth/mor.py", MeshShape(data=4), ATTENTION | LOSS | ROUTING),
+        ("quickstart.py", MeshShape(data=2, tensor=2), ATTENTION | LOSS | ROUTING),
+        ("quickstart.py:plain", MeshShape(data=2, tensor=2), ATTENTION | LOSS),
+        pytest.param(
+            "depth/mor.py", MeshShape(data=4), ATTENTION | LOSS | ROUTING, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_step_holds_every_kernel_that_serves_it(file, mesh, kernels):
@@ -49,7 +52,7 @@ def test_another_form_is_taken_where_it_is_asked_for(impl):
         "objective.terms.next_token.loss.impl": impl,
         "objective.terms.z_loss.loss.impl": impl,
     }
-    experiment = config.replace(experiment_of(EXPERIMENTS / "quickstart.py"), asked)
+    experiment = config.replace(experiment_of(EXPERIMENTS / "quickstart.py:plain"), asked)
     assert not KERNEL.findall(lowered(experiment, MeshShape(data=4)).as_text())
 
 
