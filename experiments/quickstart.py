@@ -5,7 +5,10 @@ the plain Transformer of as many layers, for as many steps as cost the same trai
 
 Command:  python -m tokenlab train experiments/quickstart.py
           python -m tokenlab train experiments/quickstart.py:plain
-Hardware: two CPU cores.
+Hardware: two CPU cores, seven minutes each.
+Expected: 1.530 held-out bits per byte, read causally, with 1.3 million parameters; the plain one
+          1.550 with 2.1 million (one seed; xz 2.435, byte 6-gram 1.710). A plain Transformer of
+          five layers, transformer_1m, has 1.517 after as many steps and 0.9 of the FLOPs.
 """
 
 from tokenlab import config as configs
