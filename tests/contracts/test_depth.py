@@ -165,8 +165,21 @@ def test_the_causal_twin_has_no_gradient_from_the_future(member):
     assert not np.any(gradient[5:10]) and np.all(np.abs(gradient[:5]).max(axis=1) > 0)
 
 
-@every
-@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
+RECOMPUTED = [("dots", member) for member in ("sequential", "mixture", "halting")]  # the quick ones
+
+
+@pytest.mark.parametrize(
+    ("member", "remat"),
+    [
+        pytest.param(
+            member,
+            remat,
+            marks=() if (remat, member) in RECOMPUTED else pytest.mark.slow,
+        )
+        for member in MEMBERS
+        for remat in ("dots", "full")
+    ],
+)
 def test_remat_changes_no_gradient(member, remat):
     model = model_of(member)
     saved = config.replace(model, {"depth.remat": remat})

@@ -89,7 +89,11 @@ def test_draws_and_ends_are_those_of_rows():
     assert len(set(rows.lengths.tolist())) > 2
 
 
-@pytest.mark.parametrize("cache", [PagedCache(page=4), RingCache(budget=6)], ids=["paged", "ring"])
+@pytest.mark.parametrize(
+    "cache",
+    [PagedCache(page=4), pytest.param(RingCache(budget=6), marks=pytest.mark.slow)],
+    ids=["paged", "ring"],
+)
 def test_other_caches_come_along(cache):
     rows, depths = both(cache=cache, slots=5)
     assert_same(rows, depths)

@@ -215,6 +215,7 @@ for overrides in {changes!r}:
 """
 
 
+@pytest.mark.slow
 def test_split_parameters_are_drawn_as_whole_ones_are(corpus_folder):
     forgets = "AdamW(learning_rate=Constant(peak=1e-2), forgetting=Forgetting(every=3))"
     data = {"data.corpus.pattern": str(corpus_folder / "corpus/*.txt"), "optimizer": forgets}

@@ -33,7 +33,12 @@ def lowered(experiment, mesh):
     ("file", "mesh", "kernels"),
     [
         ("quickstart.py", MeshShape(data=2, tensor=2), ATTENTION | LOSS | ROUTING),
-        ("quickstart.py:plain", MeshShape(data=2, tensor=2), ATTENTION | LOSS),
+        pytest.param(
+            "quickstart.py:plain",
+            MeshShape(data=2, tensor=2),
+            ATTENTION | LOSS,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "depth/mor.py", MeshShape(data=4), ATTENTION | LOSS | ROUTING, marks=pytest.mark.slow
         ),
