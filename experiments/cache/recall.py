@@ -238,38 +238,43 @@ def study() -> Study:
         "activation probe, 1024": Asked(policy=ActQKV(**fine), budget=212, task=HALF),
         "mean probe, 1024": Asked(policy=MeanProbe(**fine), budget=212, task=HALF),
     }
-    more = functools.partial(Claim, metric="recall/accuracy", better="higher")
-    flatter = functools.partial(Claim, metric="needles/unevenness")
-    token_select = functools.partial(more, arm="TokenSelect, 256 of 1024")
     return Study(
         name="recall",
         question="Which caches still recall what a trained model recalls with all of its keys?",
         arms=arms,
         matched="budget",
-        claims=(
-            Bound(arm="full cache", metric="recall/accuracy", limit=0.95),
-            *(
-                more(arm=f"{name} at 32", than="sink and recent at 32")
-                for name in ("EMS", "PageTopK", "TokenSelect", "LouisKV", "ActQKV")
-            ),
-            *(
-                flatter(arm=f"EMS at {budget}", than=f"{name} at {budget}")
-                for budget in BUDGETS
-                for name in ("H2O", "SnapKV")
-            ),
-            *(
-                more(
-                    arm=f"records, {name} at 32", than="records, full cache", margin=-0.02,
-                    matched="text",
-                )
-                for name in LOUIS
-            ),
-            token_select(than="TokenSelect, 256 of 256", margin=-0.05),
-            token_select(than="full cache, 1024", margin=0.25, matched="text"),
-            token_select(than="sink and recent, 256 of 1024", margin=0.25),
-            *(
-                more(arm=f"activation probe, {text}", than=f"mean probe, {text}")
-                for text in (2048, 1024)
-            ),
+        claims=claims(),
+    )
+
+
+def claims() -> tuple[Bound | Claim, ...]:
+    """What the cards of the policies say of recall."""
+    more = functools.partial(Claim, metric="recall/accuracy", better="higher")
+    flatter = functools.partial(Claim, metric="needles/unevenness")
+    token_select = functools.partial(more, arm="TokenSelect, 256 of 1024")
+    return (
+        Bound(arm="full cache", metric="recall/accuracy", limit=0.95),
+        *(
+            more(arm=f"{name} at 32", than="sink and recent at 32")
+            for name in ("EMS", "PageTopK", "TokenSelect", "LouisKV", "ActQKV")
+        ),
+        *(
+            flatter(arm=f"EMS at {budget}", than=f"{name} at {budget}")
+            for budget in BUDGETS
+            for name in ("H2O", "SnapKV")
+        ),
+        *(
+            more(
+                arm=f"records, {name} at 32", than="records, full cache", margin=-0.02,
+                matched="text",
+            )
+            for name in LOUIS
+        ),
+        token_select(than="TokenSelect, 256 of 256", margin=-0.05),
+        token_select(than="full cache, 1024", margin=0.25, matched="text"),
+        token_select(than="sink and recent, 256 of 1024", margin=0.25),
+        *(
+            more(arm=f"activation probe, {text}", than=f"mean probe, {text}")
+            for text in (2048, 1024)
         ),
     )  # fmt: skip

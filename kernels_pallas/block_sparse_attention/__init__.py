@@ -18,6 +18,7 @@ from kernels_pallas.block_sparse_attention.masks import (
     SinkWindow,
     SlidingWindow,
     Strided,
+    UnorderedRule,
 )
 from kernels_pallas.block_sparse_attention.specs import NOTHING, BlockSparseAttentionConfig
 from kernels_pallas.common.dispatch import Operation
@@ -216,6 +217,7 @@ __all__ = [
     "SinkWindow",
     "SlidingWindow",
     "Strided",
+    "UnorderedRule",
     "block_sparse_attention",
     "merge_partial",
     "partial_attention",

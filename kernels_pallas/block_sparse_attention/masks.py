@@ -94,6 +94,13 @@ class IndexRule(MaskRule, Protocol):
     positions_are_indices: ClassVar[bool]
 
 
+@runtime_checkable
+class UnorderedRule(MaskRule, Protocol):
+    """A rule that no order of tokens tells blocks for, so that they are best listed at run time."""
+
+    lists_blocks: ClassVar[bool]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bidirectional(RangeRule):
     """Every token sees its whole segment."""
@@ -279,6 +286,7 @@ class Branching(MaskRule):
     """
 
     within: RangeRule = Causal()
+    lists_blocks: ClassVar[bool] = True
     _BITS: ClassVar[int] = 16
 
     def __call__(

@@ -20,6 +20,7 @@ from kernels_pallas.block_sparse_attention import (
     SinkWindow,
     SlidingWindow,
     Strided,
+    UnorderedRule,
     partial_attention,
 )
 from kernels_pallas.common import aot
@@ -142,6 +143,11 @@ def test_where_positions_are_no_indices_the_result_is_nan_and_never_wrong(impl):
     assert isinstance(rule, IndexRule) and not isinstance(Causal(), IndexRule)
     (out, log_sum_exp), _ = _attend(_arrays(43), *documents([20, 17], 43), rule=rule, impl=impl)
     assert bool(jnp.all(jnp.isnan(out)) & jnp.all(jnp.isnan(log_sum_exp)))
+
+
+def test_branches_alone_have_their_blocks_listed():
+    assert isinstance(Branching(), UnorderedRule)
+    assert not any(isinstance(rule, UnorderedRule) for rule in (Causal(), Bidirectional(), *NEW))
 
 
 def _branches(lengths, length, steps):

@@ -125,6 +125,9 @@ MESHES = {"MeshShape(data=4, fsdp=2)": 2, "MeshShape(data=4, tensor=2)": 2, **AL
     [
         ("Sequential()", MESHES),
         ("MixtureOfRecursions(recursions=2, sharing='cycle')", ALL_AXES),
+        pytest.param(
+            "MixtureOfRecursions(recursions=2, sharing='cycle')", MESHES, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_one_device_and_eight_agree(corpus_folder, depth, arrangements):

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kernels_pallas.block_sparse_attention import (
-    Branching,
     Causal,
     MaskRule,
+    UnorderedRule,
     block_sparse_attention,
 )
 from tokenlab.attention import PrefillAttention, Prefilled
@@ -293,7 +293,7 @@ class Attention(Mixer):
             block_shape=(_BLOCK, _BLOCK),
             impl=self.impl,
         )
-        if blocks is None and isinstance(self.rule, Branching):
+        if blocks is None and isinstance(self.rule, UnorderedRule):
             blocks = self._blocks(new, keys)
         listed = {} if blocks is None else {"blocks": blocks}
         return per_device(

@@ -20,10 +20,10 @@ from tokenlab.core.arrays import (
     PRNGKeyArray,
     Scalar,
     Segments,
-    Tokens,
 )
 from tokenlab.core.errors import UserError
 from tokenlab.depth import DepthTrace, Recursive, Sequential
+from tokenlab.models.attention import Attention
 from tokenlab.models.passes import Passes
 from tokenlab.models.transformer import Block, BlockPattern, ModelOutput, Transformer, layered
 
@@ -62,13 +62,11 @@ class Row:
     """Rows of a pass.
 
     Attributes:
-        tokens: ids.
         positions: of each token in its document.
         segments: document of each token, 0 for padding.
         x: what enters the stack.
     """
 
-    tokens: Tokens
     positions: Positions
     segments: Segments
     x: Hidden
@@ -89,7 +87,7 @@ class Branches:
         samples: int = 1,
         read: ModelOutput | None = None,
     ) -> None:
-        block = None if read is not None else _branching(module, row.tokens.shape[1])
+        block = None if read is not None else _branching(module, row.x.shape[1])
         self.module, self.samples, self.before = module, samples, read
         self.passes = Passes(module, train=train, block=block)
         self.row = jax.tree.map(lambda x: jnp.tile(x, (samples, *[1] * (x.ndim - 1))), row)
@@ -114,7 +112,7 @@ class Branches:
 
     def draw(self, key: PRNGKeyArray | None) -> None:
         """Every branch goes on with a token that the model draws, or with the most likely one."""
-        hidden = self._run(frozen=True).hidden[:, -self.row.tokens.shape[1] :]
+        hidden = self._run(frozen=True).hidden[:, -self.row.x.shape[1] :]
         keys = None if key is None else jax.random.split(key, len(hidden))
 
         def choose(row: tuple[Array, ...]) -> Int[Array, " T"]:
@@ -166,7 +164,7 @@ class Branches:
         return self.flops + valid * (2.0 * self.asked * rows * self.module.dim)
 
     def _shape(self) -> tuple[int, int]:
-        rows, length = self.row.tokens.shape
+        rows, length = self.row.segments.shape
         return rows // self.samples, length
 
     def _grow(self, x: Float[Array, "C T D"], segments: Int[Array, "C T"]) -> None:
@@ -239,13 +237,13 @@ def _branching(model: Transformer, length: int) -> Block | BlockPattern:
 
     def branching(kind: Block) -> Block:
         mixer = kind.mixer
-        rule, prefill = getattr(mixer, "rule", None), getattr(mixer, "prefill", None)
-        if not isinstance(rule, RangeRule) or prefill is not None:
+        known = isinstance(mixer, Attention) and isinstance(mixer.rule, RangeRule)
+        if not known or mixer.prefill is not None:
             raise UserError(
                 f"{type(mixer).__name__} does not tell which keys a branch may see; use Attention "
                 "with a rule of ranges, such as Causal, and prefill=None"
             )
-        return kind.clone(mixer=mixer.clone(rule=Branching(within=rule)))
+        return kind.clone(mixer=mixer.clone(rule=Branching(within=mixer.rule)))
 
     return layered([branching(kind) for kind in model.block.kinds()])
 

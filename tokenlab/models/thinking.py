@@ -108,7 +108,7 @@ class ThinkingTransformer(Transformer):
         if prompt is not None:
             raise UserError("a model that thinks reads prompts as text; leave out their marks")
         x = self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype)
-        row = Row(tokens, positions, segments, x)
+        row = Row(positions, segments, x)
         if cache is None:
             return self._thinking(Branches(self, row, train=train), talk=1).output
         if cache.stage == "draft" or (cache.stage == "next" and tokens.shape[1] > 1):
@@ -137,7 +137,7 @@ class ThinkingTransformer(Transformer):
     ) -> Thoughts:
         """``samples`` thoughts behind every token, and ``talk`` tokens behind each of them."""
         x = self.embed(tokens) if embeddings is None else embeddings.astype(self.dtype)
-        row = Row(tokens, positions, segments, x)
+        row = Row(positions, segments, x)
         branches = Branches(self, row, train=train, samples=self.samples)
         branches.asked += self.samples * (self.talk + self.thought * (self.kind == "drawn"))
         return self._thinking(branches, talk=self.talk)
