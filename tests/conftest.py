@@ -37,8 +37,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 # What also runs on the newest supported JAX: every place where an interface of it is used, one case
-# of every test, and of TPUs one generation.
+# of every test, and of TPUs one generation. Models and decoders are flax and jax.numpy: one test of
+# a file shows that it runs.
 SMOKE = {"kernels_pallas", "models", "train", "decode", "golden", "e2e"}
+ONE_OF_A_FILE = {"models", "decode"}
 # But for what says nothing of interfaces: predicted times, random shapes, compiling all of them.
 NOT_SMOKE = {
     "test_attention_speed",
@@ -66,7 +68,8 @@ def pytest_collection_modifyitems(config, items):
         told = item.path.parent.name in SMOKE and item.path.stem not in NOT_SMOKE
         told = told and item.get_closest_marker("slow") is None
         if told and not any(name in item.name for name in OTHER_GENERATIONS):
-            test = (item.path, item.originalname)
+            one = item.path.parent.name in ONE_OF_A_FILE
+            test = (item.path, None if one else item.originalname)
             if test not in seen:
                 item.add_marker(pytest.mark.smoke)
             seen.add(test)

@@ -101,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("experiment", type=pathlib.Path)
     study.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs"))
     study.add_argument("--record", type=pathlib.Path, help="also write the result to this file")
+    study.add_argument("--known", type=pathlib.Path, help="a record whose unchanged arms stand")
     index = commands.add_parser("systems")
     index.add_argument("--markdown", action="store_true", help="the page docs/systems.md")
     return top
@@ -368,7 +369,7 @@ def _models(options: argparse.Namespace, console: Console) -> int:
 
 def _study(options: argparse.Namespace, console: Console) -> int:
     from tokenlab.files import load_module
-    from tokenlab.study.study import run_study, tables
+    from tokenlab.study.study import read_record, run_study, tables
     from tokenlab.train.folder import write_json
 
     module = load_module(options.experiment)
@@ -376,7 +377,8 @@ def _study(options: argparse.Namespace, console: Console) -> int:
         raise UserError(f"{options.experiment} has no function study() that returns a Study")
     study = module.study()
     folder = options.runs / f"study-{study.name}"
-    result = run_study(study, folder, console=console)
+    known = None if options.known is None else read_record(options.known)
+    result = run_study(study, folder, console=console, known=known)
     for table in tables(result):
         console.print(table)
     console.print(f"results: {folder}", soft_wrap=True)

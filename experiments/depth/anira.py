@@ -20,7 +20,7 @@ Expected: does not hold. Tokens that predict an answer get more recursions than 
 
 from tokenlab import config as configs
 from tokenlab.core.duration import Fraction
-from tokenlab.data.tasks import PointerChase, TaskSource
+from tokenlab.data.tasks import GraphOrder, PointerChase, Task, TaskSource
 from tokenlab.depth import EarlyHalting, FixedHalting, HaltingLoop, OnlineHalting
 from tokenlab.evals import DepthAllocation
 from tokenlab.experiment import Experiment
@@ -34,6 +34,7 @@ TASK = PointerChase(values=5, queries=12, max_hops=3, bijective=True)
 STROKES = configs.replace(TASK, {"queries": 8, "unary": 6})
 FARTHER = configs.replace(STROKES, {"min_hops": 4, "max_hops": 6})
 ACCURACY, ALIGNED, FILLER = 0.97, 0.8, 1.3
+GRAPH = GraphOrder(nodes=6, min_nodes=4, edges=8)
 FALLEN, DEEP = 0.77, 2.7  # twenty points below ACCURACY, nine tenths of the recursions
 
 
@@ -82,19 +83,21 @@ def fixed() -> Experiment:
     return configs.replace(config(), {"model.depth.halting": FixedHalting()})
 
 
+def _on(task: Task, experiment: Experiment, **evals: DepthAllocation) -> Experiment:
+    """The same on another task."""
+    changes = {
+        "tokenizer": task.tokenizer,
+        "data.task": task,
+        "model.vocab_size": task.tokenizer.vocab_size,
+        "model.max_length": task.length,
+        "evals": {"soft": DepthAllocation(task=task, twin=False), **evals},
+    }
+    return configs.replace(experiment, changes)
+
+
 def strokes() -> Experiment:
     """The online rule where hops are strokes, so that more can be asked for than in training."""
-    changes = {
-        "tokenizer": STROKES.tokenizer,
-        "data.task": STROKES,
-        "model.vocab_size": STROKES.tokenizer.vocab_size,
-        "model.max_length": STROKES.length,
-        "evals": {
-            "soft": DepthAllocation(task=STROKES, twin=False),
-            "farther": DepthAllocation(task=FARTHER, twin=False),
-        },
-    }
-    return configs.replace(config(), changes)
+    return _on(STROKES, config(), farther=DepthAllocation(task=FARTHER, twin=False))
 
 
 def study() -> Study:
@@ -111,6 +114,11 @@ def study() -> Study:
         Bound(arm="strokes", metric="farther/accuracy", limit=FALLEN, side="below"),
         Bound(arm="strokes", metric="farther/mean_depth", limit=DEEP),
     ]
+    for arm, than, group in (("early", "online", "static"), ("online", "early", "execution")):
+        metric = f"soft/{group}_r_squared"
+        claims.append(
+            Claim(arm=f"graph {arm}", than=f"graph {than}", metric=metric, better="higher")
+        )
     return Study(
         name="anira",
         question="Does the depth that tokens are given follow the hops that they need?",
@@ -119,6 +127,8 @@ def study() -> Study:
             "early": early(),
             "fixed": fixed(),
             "strokes": strokes(),
+            "graph online": _on(GRAPH, config()),
+            "graph early": _on(GRAPH, early()),
         },
         matched="block_tokens",
         claims=tuple(claims),

@@ -114,14 +114,14 @@ def hops(depth: Recursive) -> Experiment:
             num_layers=5,
             num_heads=4,
             num_kv_heads=4,
-            hidden_dim=128,
+            hidden_dim=256,
             depth=depth,
             max_length=HOPS.length,
             learned_positions=True,  # value i of the map is f(i): a place, not a distance, is read
         ),
         objective=Objective(terms={"next_token": Term(loss=NextToken())}),
         optimizer=AdamW(learning_rate=Cosine(peak=2e-3)),
-        steps=1200,
+        steps=2400,
         checkpoint=Checkpointing(every=Fraction(of_run=1.0)),
         evals={
             "hops": DepthAllocation(task=HOPS, twin=False),

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from tokenlab.core.errors import UserError
 from tokenlab.data.tasks.addition import Addition
 from tokenlab.data.tasks.alphabet import AlphabetTokenizer
 from tokenlab.data.tasks.associative_recall import AssociativeRecall
+from tokenlab.data.tasks.base import TaskBatch
+from tokenlab.data.tasks.brackets import Brackets
+from tokenlab.data.tasks.graph_order import GraphOrder
 from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.pointer_chase import PointerChase
 from tokenlab.data.tasks.slot_text import SlotText
@@ -53,7 +57,24 @@ grids = st.builds(
     most_red=st.integers(0, 5),
     questions=st.integers(1, 4),
 )
-tasks = st.one_of(chases, additions, recalls, grids)
+graphs = st.integers(2, 6).flatmap(
+    lambda nodes: st.builds(
+        GraphOrder,
+        nodes=st.just(nodes),
+        min_nodes=st.integers(2, nodes),
+        edges=st.integers(nodes - 1, 10),
+        order=st.sampled_from(["depth_first", "topological"]),
+    )
+)
+brackets = st.builds(
+    Brackets,
+    kinds=st.integers(1, 4),
+    pairs=st.integers(1, 10),
+    max_depth=st.integers(1, 5),
+    letters=st.integers(0, 6),
+    alphabet=st.integers(1, 4),
+)
+tasks = st.one_of(chases, additions, recalls, grids, graphs, brackets)
 seeds = st.integers(0, 2**40)
 
 
@@ -124,7 +145,59 @@ def slow_grid(task, prompt):
     return [(f"p{plain[there]}", 2)]
 
 
+def slow_graph(task, prompt):
+    """The first of all permutations that respects the edges, or a search by recursion; a node is
+    open once all before it are visited, or once a neighbour is."""
+    words = [word for word in prompt.split() if word[0] == "n"]
+    edges = list(zip(words[0::2], words[1::2], strict=True))
+    nodes = sorted(set(words))
+    if task.order == "topological":
+        order = next(
+            order
+            for order in itertools.permutations(nodes)
+            if all(order.index(a) < order.index(b) for a, b in edges)
+        )
+    else:
+        order = []
+
+        def visit(node):
+            order.append(node)
+            for other in nodes:
+                if other not in order and {(node, other), (other, node)} & set(edges):
+                    visit(other)
+
+        visit(nodes[0])
+    answers = []
+    for i, node in enumerate(order):
+        rest, seen = order[i:], order[:i]
+        if task.order == "topological":
+            opened = [n for n in rest if all(a in seen for a, b in edges if b == n)]
+        else:
+            opened = [n for n in rest if any({n} < {a, b} <= {n, *seen} for a, b in edges)]
+        answers.append((node, len(opened) if i or task.order == "topological" else 1))
+    return answers
+
+
+def slow_bracket(prompt):
+    """Pairs are crossed out from the inside: as often as one is left, so deep was it nested."""
+    word = re.sub(r"w\d|!", "", prompt).replace(" ", "")
+    heights = {}
+    while pairs := list(re.finditer(r"\((\d)_*\)\1", word)):
+        for found in pairs:
+            inside = [heights[at] for at in range(*found.span()) if at in heights]
+            heights[found.start()] = 1 + max(inside, default=0)
+            blank = "_" * (found.end() - found.start())
+            word = word[: found.start()] + blank + word[found.end() :]
+    last = max(i for i, sign in enumerate(word) if sign == "(")
+    inside = [height for at, height in heights.items() if at > last]
+    return [(f"){word[last + 1]}", 1 + max(inside, default=0))]
+
+
 def slow(task, prompt):
+    if isinstance(task, GraphOrder):
+        return slow_graph(task, prompt)
+    if isinstance(task, Brackets):
+        return slow_bracket(prompt)
     if isinstance(task, GridQuestions):
         return slow_grid(task, prompt)
     if isinstance(task, Addition):
@@ -165,6 +238,12 @@ def test_every_weighted_position_has_the_slow_answer_and_difficulty(task, seed):
                 prompts = [ids[: task.patches] + ids[i : i + 1] for i in asked]
                 answers = [slow_grid(task, text(task, prompt))[0] for prompt in prompts]
                 assert len({prompt[-1] for prompt in prompts}) == task.questions
+            elif isinstance(task, GraphOrder):
+                answers = slow_graph(task, text(task, ids[: 2 * task.edges]))
+                assert asked.tolist() == [2 * task.edges + i for i in range(len(answers))]
+            elif isinstance(task, Brackets):
+                assert [text(task, ids[i : i + 1]) for i in asked] == ["! "] * task.pairs
+                answers = [slow_bracket(text(task, ids[: i + 1]))[0] for i in asked]
             else:
                 assert asked.tolist() == [2 * (task.pairs + i) for i in range(task.queries)]
                 prompts = [ids[: 2 * task.pairs] + ids[i : i + 1] for i in asked]
@@ -230,6 +309,36 @@ def test_worked_examples():
     recall = AssociativeRecall(keys=3, values=3, pairs=2, queries=1)
     prompt = recall.tokenizer.encode("k2 v0 k0 v1 k2 ")
     assert recall.check(prompt=prompt, completion=recall.tokenizer.encode("v0 "))
+
+
+def test_features_of_a_worked_graph():
+    task = GraphOrder(nodes=5, edges=5)
+    text = "n3 n0 n3 n4 n0 n1 n4 n1 n4 n2 : n3 n0 n4 n1 n2 "
+    rows = TaskBatch(
+        tokens=np.asarray([task.tokenizer.encode(text)]),
+        **{name: np.zeros((1, 16), int) for name in ("targets", "segments", "positions")},
+        weights=np.ones((1, 16), np.float32), difficulty=np.zeros((1, 16), int),
+    )  # fmt: skip
+    found = task.features(rows)
+    assert {name: values[0, 10] for name, values in found["static"].items()} == {
+        "nodes": 5, "edges": 5, "hub": 3,
+    }  # fmt: skip
+    at = {name: values[0, 10:15].tolist() for name, values in found["execution"].items()}
+    # 3 opens 0 and 4; 0 opens none, as 1 waits for 4; 4 opens 1 and 2
+    assert at == {
+        "depth": [0, 1, 1, 2, 2], "frontier": [1, 2, 1, 2, 1], "enabled": [0, 2, 0, 2, 0],
+    }  # fmt: skip
+    first = dataclasses.replace(task, order="depth_first").features(rows)["execution"]
+    # from 0 by 1 to 4, then its neighbours 2 and 3
+    at = {name: values[0, 10:15].tolist() for name, values in first.items()}
+    assert at == {
+        "depth": [0, 1, 2, 3, 3], "frontier": [1, 2, 2, 2, 1], "enabled": [0, 2, 1, 1, 0],
+    }  # fmt: skip
+
+
+def test_depths_of_brackets_are_bounded_and_reached():
+    hard = Brackets(max_depth=3, pairs=12).sample(seed=0, count=100).difficulty
+    assert set(np.unique(hard)) == {-1, 1, 2, 3}
 
 
 def test_chained_digits_lengthen_the_carry_chains():
@@ -314,6 +423,14 @@ def test_user_errors():
         AssociativeRecall(pairs=9, keys=8)
     with pytest.raises(UserError, match=r"Addition\.chained is 1\.5"):
         Addition(chained=1.5)
+    with pytest.raises(UserError, match=r"GraphOrder\.order is 'random'"):
+        GraphOrder(order="random")
+    with pytest.raises(UserError, match="from 1 to 8 nodes"):
+        GraphOrder(min_nodes=1)
+    with pytest.raises(UserError, match="too few to connect 8 nodes; use 7 or more"):
+        GraphOrder(edges=6)
+    with pytest.raises(UserError, match=r"Brackets\.kinds must be 1"):
+        Brackets(kinds=0)
     with pytest.raises(UserError, match=r"TaskSource\.split is 'test'"):
         TaskSource(task=Addition(), split="test")
     with pytest.raises(UserError, match="is not the alphabet of PointerChase"):

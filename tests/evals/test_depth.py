@@ -8,7 +8,7 @@ import scipy.stats
 from flax import linen as nn
 
 from tokenlab.core.errors import UserError
-from tokenlab.data.tasks import Addition, PointerChase, SlotText
+from tokenlab.data.tasks import Addition, GraphOrder, PointerChase, SlotText
 from tokenlab.depth import FixedHalting, HaltingLoop, SkipDecode
 from tokenlab.evals import DepthAllocation, DepthHistogram, depth_fit
 from tokenlab.models import llama
@@ -103,6 +103,26 @@ def test_columns_are_difficulties_that_a_schedule_follows_downwards():
     assert np.mean(nats) == pytest.approx(found["nats"], rel=1e-5)
     if found["right"] > 1:
         assert found["spearman"] <= 0
+
+
+class Columns(GraphOrder):
+    """Features that are known: the column, the columns from the end, and one number everywhere."""
+
+    def features(self, rows):
+        column = np.broadcast_to(np.arange(self.length), rows.tokens.shape)
+        same = np.full_like(column, 3)
+        return {"place": {"column": column, "rest": -column}, "none": {"same": same}}
+
+
+def test_depth_is_fitted_to_the_features_of_a_task():
+    task = Columns(nodes=3, min_nodes=3, edges=3)
+    depth = SkipDecode(counts=(5, 4, 3), prompt_length=6)
+    found = measured(task, depth, 5)
+    assert found["right"] > 4 and found["r_squared"] < 1
+    assert found["place_r_squared"] == pytest.approx(1)
+    assert found["spearman_column"] == pytest.approx(-1)
+    assert found["spearman_rest"] == pytest.approx(1)
+    assert found["none_r_squared"] == found["spearman_same"] == 0
 
 
 def test_another_alphabet_is_refused():

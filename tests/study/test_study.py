@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from typing import ClassVar
 
 import matplotlib.image
 import pytest
@@ -12,7 +13,7 @@ from tokenlab import config
 from tokenlab.core.errors import UserError
 from tokenlab.data import PaddedText
 from tokenlab.study import Bound, Claim, Measured, Study, Trial, interval, run_study
-from tokenlab.study.study import tables
+from tokenlab.study.study import read_record, tables
 
 
 @pytest.fixture
@@ -43,9 +44,9 @@ def make(tiny):
     return lambda **changes: dataclasses.replace(usual, **changes)
 
 
-def run(study, folder):
+def run(study, folder, known=None):
     output = io.StringIO()
-    result = run_study(study, folder, console=Console(file=output, width=200))
+    result = run_study(study, folder, console=Console(file=output, width=200), known=known)
     return result, output.getvalue()
 
 
@@ -136,6 +137,7 @@ def test_a_study_that_cannot_be_judged_is_refused_before_it_trains(
 class Drawn(Trial):
     """A figure that is known, and a cost."""
 
+    measured: ClassVar[int] = 0
     level: float
     kept: float = 4.0
 
@@ -158,6 +160,35 @@ def drawn(**changes):
         seeds=(0, 1),
     )
     return dataclasses.replace(usual, **changes)
+
+
+def test_arms_of_a_record_stand_where_nothing_of_them_changed(tmp_path):
+    study = drawn()
+    first, _ = run(study, tmp_path / "first")
+    known = read_record(tmp_path / "first" / "results.json")
+    again, output = run(study, tmp_path / "again", known)
+    assert [output.count(f"{arm} is known") for arm in study.arms] == [1] * len(study.arms)
+    assert again.record() == first.record()
+    changed, *others = study.arms
+    arm = dataclasses.replace(study.arms[changed], level=5.0)
+    newer = dataclasses.replace(study, arms={**study.arms, changed: arm})
+    third, output = run(newer, tmp_path / "third", known)
+    assert output.count("is known") == len(others)
+    assert third.figures == run(newer, tmp_path / "alone")[0].figures != first.figures
+    for other in ({"seeds": (5, 6)}, {"name": "another"}):
+        _, output = run(dataclasses.replace(study, **other), tmp_path / "other", known)
+        assert "is known" not in output
+
+
+def test_what_is_no_record_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is no record of a study: .*No such file"):
+        read_record(tmp_path / "absent.json")
+    (tmp_path / "half.json").write_text('{"study": "x", "seeds"')
+    with pytest.raises(UserError, match="is no record of a study: "):
+        read_record(tmp_path / "half.json")
+    (tmp_path / "other.json").write_text('{"study": "x", "seeds": []}')
+    with pytest.raises(UserError, match="it has no arms, figures, ledger"):
+        read_record(tmp_path / "other.json")
 
 
 def test_trials_are_measured_once_and_judged(tmp_path):

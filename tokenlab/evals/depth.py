@@ -93,7 +93,9 @@ class Fit(NamedTuple):
     spearman: Float[np.ndarray, " F"]
 
 
-def depth_fit(depth: Float[np.ndarray, " N"], features: Float[np.ndarray, "N F"]) -> Fit:
+def depth_fit(
+    depth: Float[np.ndarray, " N"], features: Float[np.ndarray, "N F"] | Int[np.ndarray, "N F"]
+) -> Fit:
     """Spearman's rank correlations, and R^2 of the least-squares fit with an intercept.
 
     Where depth or a feature does not vary, nothing follows anything: its figures are 0.
@@ -126,7 +128,8 @@ class DepthAllocation(Evaluation):
     ``nats`` of each, and ``late_nats`` of those in the later half of their row's; where their depth
     varies, the share of them at each depth and their loss, as :class:`DepthHistogram` names them;
     ``filler_depth`` of all other tokens; ``spearman`` and ``r_squared`` of depth on difficulty over
-    the answers that are right, of which there are ``right``.
+    the answers that are right, of which there are ``right``. Where the task has features, also
+    ``GROUP_r_squared`` of depth on each group of them, and ``spearman_NAME`` of each.
 
     Attributes:
         task: makes the rows.
@@ -170,7 +173,7 @@ class DepthAllocation(Evaluation):
         late = asked & (2 * order > order[:, -1:])
         right = (best == sample.targets)[asked]
         difficulty, given = sample.difficulty[asked], depth[asked].astype(np.float64)
-        fit = depth_fit(given[right], difficulty[right, None].astype(np.float64))
+        fit = depth_fit(given[right], difficulty[right, None])
         figures = {
             "accuracy": float(right.mean()),
             "right": int(right.sum()),
@@ -186,7 +189,19 @@ class DepthAllocation(Evaluation):
             figures[f"accuracy_at_{level}"] = float(right[here].mean())
             figures[f"depth_at_{level}"] = float(given[here].mean())
         figures |= DepthHistogram.of(given, nats[asked]).figures()
+        for group, features in self.task.features(sample).items():
+            of_right = {name: values[asked][right] for name, values in features.items()}
+            figures |= _followed(group, given[right], of_right)
         return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def _followed(
+    group: str, depth: Float[np.ndarray, " N"], features: Mapping[str, Int[np.ndarray, " N"]]
+) -> dict[str, float]:
+    """How far depth follows a group of features, together and each alone."""
+    fit = depth_fit(depth, np.stack(list(features.values()), axis=1))
+    each = zip(features, fit.spearman.tolist(), strict=True)
+    return {f"{group}_r_squared": fit.r_squared} | {f"spearman_{name}": by for name, by in each}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -84,10 +84,23 @@ class StudyResult:
         }
 
 
-def run_study(study: Study, folder: pathlib.Path, *, console: Console) -> StudyResult:
+def run_study(
+    study: Study,
+    folder: pathlib.Path,
+    *,
+    console: Console,
+    known: Mapping[str, Any] | None = None,
+) -> StudyResult:
     """Runs every arm at every seed, resuming what an earlier call left, and judges.
 
     Writes ``results.json`` and ``results.png`` into ``folder``.
+
+    Args:
+        study: what to run.
+        folder: of the arms' runs, and of the results.
+        console: shows progress.
+        known: a record of the same study whose arms need not run again, where their fingerprints
+            and the seeds are what they were. It cannot say whether the code is.
 
     Raises:
         UserError: the study names what is not there, or its arms turn out not to be matched in
@@ -97,6 +110,13 @@ def run_study(study: Study, folder: pathlib.Path, *, console: Console) -> StudyR
     figures: dict[str, dict[str, list[float]]] = {}
     ledger: dict[str, Mapping[str, float]] = {}
     for arm, part in study.arms.items():
+        if known is not None and _is_known(study, arm, known):
+            console.print(f"{study.name}: {arm} is known")
+            ledger[arm] = known["ledger"][arm]
+            for metric, arms in known["figures"].items():
+                if arm in arms:
+                    figures.setdefault(metric, {})[arm] = arms[arm]
+            continue
         for seed in study.seeds:
             console.print(f"{study.name}: {arm}, seed {seed}")
             where = folder / f"{arm}-{seed}"
@@ -119,6 +139,27 @@ def run_study(study: Study, folder: pathlib.Path, *, console: Console) -> StudyR
     write_json(folder / "results.json", record)
     plot_study(record).savefig(folder / "results.png", dpi=150)
     return result
+
+
+def read_record(path: pathlib.Path) -> dict[str, Any]:
+    """What :meth:`StudyResult.record` wrote.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    try:
+        record = json.loads(path.read_text())
+        missing = {"study", "seeds", "arms", "figures", "ledger"} - set(record)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no record of a study: {error}") from error
+    if missing:
+        raise UserError(f"{path} is no record of a study: it has no {', '.join(sorted(missing))}")
+    return record
+
+
+def _is_known(study: Study, arm: str, known: Mapping[str, Any]) -> bool:
+    alike = known["arms"].get(arm) == config.fingerprint(study.arms[arm])
+    return known["study"] == study.name and alike and known["seeds"] == list(study.seeds)
 
 
 def _trained(experiment: Experiment, seed: int, folder: pathlib.Path, console: Console) -> Measured:

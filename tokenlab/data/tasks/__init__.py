@@ -4,6 +4,8 @@ from tokenlab.data.tasks.addition import Addition
 from tokenlab.data.tasks.alphabet import AlphabetTokenizer
 from tokenlab.data.tasks.associative_recall import AssociativeRecall
 from tokenlab.data.tasks.base import Problem, Task, TaskBatch
+from tokenlab.data.tasks.brackets import Brackets
+from tokenlab.data.tasks.graph_order import GraphOrder
 from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.minimum_sum import MinimumNonNegativeSum
 from tokenlab.data.tasks.planted_facts import PlantedFacts
@@ -18,6 +20,8 @@ __all__ = [
     "Addition",
     "AlphabetTokenizer",
     "AssociativeRecall",
+    "Brackets",
+    "GraphOrder",
     "GridQuestions",
     "MinimumNonNegativeSum",
     "PlantedFacts",

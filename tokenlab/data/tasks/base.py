@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -98,6 +98,18 @@ class Task(abc.ABC):
             prompt: ids of a problem's prompt.
             completion: generated ids; what follows the answer is not read.
         """
+
+    def features(self, rows: TaskBatch) -> Mapping[str, Mapping[str, Int[np.ndarray, "B T"]]]:
+        """What may make a token hard beside its difficulty, by groups; none unless a task says so.
+
+        Args:
+            rows: of this task; features are worked out from their tokens.
+
+        Returns:
+            Of each group, as ``"static"``, its features by name, with meaning where rows have
+            weight.
+        """
+        return {}
 
 
 def require(ok: bool, message: str) -> None:
