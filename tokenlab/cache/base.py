@@ -115,8 +115,7 @@ class Entries(NamedTuple):
         tells its CPU compiler otherwise; so zeros that it cannot see through are added.
         """
         first = out.reshape(*self.k.shape[:3], -1)[..., :1]  # of each key head, where it lies
-        bits = jax.lax.bitcast_convert_type(first.astype(jnp.float32), jnp.uint32)
-        nothing = (jnp.minimum(bits, 1) >> 1).astype(self.k.dtype)
+        nothing = zeros_behind(first).astype(self.k.dtype)
         return self._replace(k=self.k + nothing, v=self.v + nothing)
 
     def spread(self, picked: Picked) -> Entries:
@@ -127,6 +126,12 @@ class Entries(NamedTuple):
             return picked.spread(x, jnp.zeros((*rows, *x.shape[2:]), x.dtype))
 
         return jax.tree.map(placed, self)
+
+
+def zeros_behind(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """Zeros that XLA takes for a function of ``x``."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return (jnp.minimum(bits, 1) >> 1).astype(jnp.float32)
 
 
 class CacheView(NamedTuple):

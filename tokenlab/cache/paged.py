@@ -8,7 +8,8 @@ from typing import NamedTuple
 import flax.struct
 import jax.numpy as jnp
 
-from tokenlab.cache.base import CachePolicy, CacheView, Entries, Heads, Reading, Room
+from tokenlab.cache.base import CachePolicy, CacheView, Entries, Heads, Reading, Room, zeros_behind
+from tokenlab.cache.full import written as in_slots
 from tokenlab.core.arrays import Array, Bool, Float, Int
 from tokenlab.core.errors import UserError
 
@@ -124,15 +125,19 @@ class PagedCache(CachePolicy):
         ids = first[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
         place = jnp.where(number < 0, -1, number - first[:, None])
         wanted = _wanted(state, ids, jnp.any(place[:, :, None] == jnp.arange(most)[None, None], 1))
-        state, target = _provided(state, ids, wanted)
+        state, target = _provided(state, ids, wanted, behind=new.k)
         at = jnp.take_along_axis(target, jnp.clip(place, 0, most - 1), axis=1)
         written = real & (place >= 0) & (at >= 0)
-        rows = jnp.arange(len(at))[:, None]
+        rows, pages = jnp.arange(len(at))[:, None], at.reshape(-1)
         slots = jnp.where(written, new.positions, state.positions.shape[1])
-        pages, within = jnp.where(written, at, len(state.k)), new.positions % self.page
+        within = jnp.where(written, new.positions % self.page, self.page).reshape(-1, 1)
+
+        def with_new(pool: Array, entries: Array) -> Array:
+            return in_slots(pool, entries.reshape(-1, 1, *entries.shape[2:]), within, pages)
+
         return state.replace(
-            k=state.k.at[pages, :, within].set(new.k.astype(state.k.dtype), mode="drop"),
-            v=state.v.at[pages, :, within].set(new.v.astype(state.v.dtype), mode="drop"),
+            k=with_new(state.k, new.k),
+            v=with_new(state.v, new.v),
             positions=state.positions.at[rows, slots].set(new.positions, mode="drop"),
             dropped=state.dropped + jnp.sum(real & ~written, axis=1),
         )
@@ -209,9 +214,12 @@ def _wanted(state: Pool, ids: Int[Array, "B M"], touched: Bool[Array, "B M"]) ->
 
 
 def _provided(
-    state: Pool, ids: Int[Array, "B M"], wanted: _Wanted
+    state: Pool, ids: Int[Array, "B M"], wanted: _Wanted, *, behind: Float[Array, "B T K E"]
 ) -> tuple[Pool, Int[Array, "B M"]]:
-    """With new pages in the tables and shared ones copied; and where to write, -1 for nowhere."""
+    """With new pages in the tables and shared ones copied; and where to write, -1 for nowhere.
+
+    Pages are copied when ``behind`` is known, and by then the pool has been read.
+    """
     count, references = len(state.k), state.references
     pages, got = wanted.pages, wanted.free >= 0
     left = references - _counted(jnp.where(got, pages, -1), count)
@@ -221,11 +229,17 @@ def _provided(
     target = jnp.where(wanted.touched, target, -1)
     source = jnp.maximum(pages, 0).reshape(-1)
     copy = jnp.where(got & (pages >= 0), wanted.free, count).reshape(-1)
+    nothing = zeros_behind(behind[0, 0, 0, 0]).astype(state.k.dtype)
+
+    def copied(pool: Array) -> Array:
+        flat = pool.reshape(count, -1)
+        return flat.at[copy].set(flat[source] + nothing, mode="drop").reshape(pool.shape)
+
     rows = jnp.arange(len(ids))[:, None]
     at = jnp.where(got, ids, state.table.shape[1])
     state = state.replace(
-        k=state.k.at[copy].set(state.k[source], mode="drop"),
-        v=state.v.at[copy].set(state.v[source], mode="drop"),
+        k=copied(state.k),
+        v=copied(state.v),
         table=state.table.at[rows, at].set(wanted.free, mode="drop"),
     )
     return state, target
