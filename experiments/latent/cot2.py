@@ -32,7 +32,7 @@ HELD_OUT = MinimumNonNegativeSum(digits=DIGITS, part="held_out")
 INSTANCES = len(HELD_OUT.instances())
 
 
-def _accuracy(decoder: Autoregressive, attempts: int = 1) -> TaskAccuracy:
+def accuracy(decoder: Autoregressive, attempts: int = 1) -> TaskAccuracy:
     """Over all held-out instances."""
     return TaskAccuracy(
         task=HELD_OUT, problems=INSTANCES, batch_size=INSTANCES, decoder=decoder,
@@ -60,7 +60,7 @@ def config() -> Experiment:
         optimizer=AdamW(learning_rate=Cosine(peak=3e-3), weight_decay=0.01),
         steps=STEPS,
         evals={
-            "held_out": _accuracy(
+            "held_out": accuracy(
                 Autoregressive(sampler=Greedy(), feed=ThoughtFeed(count=THOUGHTS))
             ),
             "nats": ObjectiveValue(
@@ -75,8 +75,8 @@ def discrete() -> Experiment:
     """One trace supervised, its tokens fed."""
     drawn = Autoregressive(sampler=Categorical())
     evals = {
-        "held_out": _accuracy(Autoregressive(sampler=Greedy())),
-        **{f"pass_{k}": _accuracy(drawn, attempts=k) for k in (1, 4, 16)},
+        "held_out": accuracy(Autoregressive(sampler=Greedy())),
+        **{f"pass_{k}": accuracy(drawn, attempts=k) for k in (1, 4, 16)},
     }
     changes = {"name": "cot2-discrete", "data.task.traces": 1, "evals": evals}
     return configs.replace(config(), changes)

@@ -12,6 +12,8 @@ import tokenlab.data.tasks
 from tokenlab.data.tasks.addition import Addition
 from tokenlab.data.tasks.associative_recall import AssociativeRecall
 from tokenlab.data.tasks.base import Task
+from tokenlab.data.tasks.brackets import Brackets
+from tokenlab.data.tasks.graph_order import GraphOrder
 from tokenlab.data.tasks.grid_questions import GridQuestions
 from tokenlab.data.tasks.minimum_sum import MinimumNonNegativeSum
 from tokenlab.data.tasks.planted_facts import PlantedFacts
@@ -25,6 +27,8 @@ TABLE = {
     PointerChase: ({"max_hops": 4}, {"values": 40}, {"unary": 9}),
     Addition: ({"digits": 9}, {"reversed": True}),
     AssociativeRecall: ({"pairs": 30}, {"keys": 200}),
+    Brackets: ({"letters": 0}, {"kinds": 5, "pairs": 12, "max_depth": 2}),
+    GraphOrder: ({"order": "depth_first"}, {"nodes": 12, "min_nodes": 2, "edges": 30}),
     GridQuestions: ({"frames": 4}, {"questions": 3, "most_red": 12, "height": 5}),
     MinimumNonNegativeSum: ({"traces": 3, "low": 0}, {"digits": 5, "part": "held_out"}),
     PlantedFacts: (

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
+from tokenlab.core.arrays import Array, PRNGKeyArray
+from tokenlab.core.context import View
+from tokenlab.core.ledger import Ledger
 from tokenlab.tokenizers.base import Tokenizer
 
 # Arrays of one batch by name. Every source gives, for rows of T positions:
@@ -86,4 +89,23 @@ class Source(abc.ABC):
 
         Raises:
             UserError: there is no such thing, as for endless tasks.
+        """
+
+
+class OnPolicy(Source):
+    """A source whose rows the policy takes part in writing, at every step anew."""
+
+    @abc.abstractmethod
+    def rolled(
+        self, batch: Mapping[str, Array], *, policy: View, key: PRNGKeyArray
+    ) -> tuple[dict[str, Array], Ledger]:
+        """What becomes of a batch; runs within the training step, before any gradient.
+
+        Args:
+            batch: arrays of ``batches``, on the devices; as many rows come out for each row.
+            policy: the model with the parameters that the step begins with.
+            key: of what is drawn.
+
+        Returns:
+            The batch that the objective sees, and what the passes of the policy cost.
         """

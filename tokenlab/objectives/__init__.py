@@ -19,6 +19,7 @@ from tokenlab.objectives.next_token import (
     SmoothedNextToken,
     ZLoss,
 )
+from tokenlab.objectives.rollouts import ThoughtRollouts
 from tokenlab.objectives.thoughts import (
     AfterThought,
     BeforeThought,
@@ -44,6 +45,7 @@ __all__ = [
     "TeacherKL",
     "Term",
     "ThoughtPolicy",
+    "ThoughtRollouts",
     "TokenLoss",
     "TokenWeights",
     "ZLoss",

@@ -13,7 +13,7 @@ import jax
 from tokenlab.core.context import View
 from tokenlab.core.duration import Clock
 from tokenlab.core.errors import UserError
-from tokenlab.data.base import Batch
+from tokenlab.data.base import Batch, OnPolicy
 from tokenlab.data.fetch import cache_dir
 from tokenlab.experiment import Experiment
 from tokenlab.tokenizers import Tokenizer, cached_fit, load_tokenizer
@@ -98,6 +98,7 @@ class Run:
             accumulation=experiment.accumulation,
             ema_decay=experiment.ema_decay,
             views=views or {},
+            rollouts=data if isinstance(data, OnPolicy) else None,
             moves=experiment.optimizer.moves,
         )
         return cls(experiment=experiment, tokenizer=tokenizer, trainer=trainer, clock=clock)

@@ -20,6 +20,7 @@ from tokenlab.core.context import Context, View
 from tokenlab.core.ledger import Ledger, saved_bytes
 from tokenlab.core.rng import stream
 from tokenlab.core.weighted import Weighted
+from tokenlab.data.base import OnPolicy
 from tokenlab.objectives import Objective
 from tokenlab.train.mesh import batch_sharding, placed_on, shardings
 
@@ -81,6 +82,7 @@ class Trainer:
         accumulation: micro-batches per step; equal to the full batch in value.
         ema_decay: decay of the parameter average, or None for none.
         views: models beside the policy, by name; their parameters do not change.
+        rollouts: what makes rows of the policy's own of each batch, or None.
         moves: tells of each parameter whether the optimiser moves it, so that no gradient is
             computed of the others; None is all.
     """
@@ -94,6 +96,7 @@ class Trainer:
     accumulation: int = 1
     ema_decay: float | None = None
     views: Mapping[str, View] = dataclasses.field(default_factory=dict)
+    rollouts: OnPolicy | None = None
     moves: Callable[[PyTree], PyTree] | None = None
 
     def _params(self, model: nn.Module | None = None) -> PyTree:
@@ -208,6 +211,10 @@ class Trainer:
             name: View(model=self.views[name].model, params=params)
             for name, params in frozen.items()
         }
+        drawing = Ledger()
+        if self.rollouts is not None:
+            policy = View(model=self.model, params=state.params)
+            batch, drawing = self.rollouts.rolled(batch, policy=policy, key=stream(key, "rollouts"))
         grads, sums, ledger = self._gradient(state.params, batch, key, others)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -220,7 +227,7 @@ class Trainer:
             means={name: part.mean() for name, part in sums.items()},
             grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(self.schedule(state.step), jnp.float32),
-            ledger=ledger,
+            ledger=ledger.merge(drawing),
         )
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
