@@ -1,7 +1,9 @@
 """ANIRA: whether tokens that need more hops are given more recursions, without being told.
 
 A pointer chase: queries of 1 to 3 hops along a permutation of 5 values; a layer, a core that runs
-up to thrice, no layer behind it. All arms go through the whole loop in training.
+up to thrice, no layer behind it. All arms go through the whole loop in training. Then topological
+orders of graphs of 4 to 6 nodes: does depth that is decided early follow what is seen at once, and
+depth that is decided on the way what the search finds?
 
 Paper:    "Understanding Dynamic Compute Allocation in Recurrent Transformers", 2026,
           arXiv:2602.08864.
@@ -15,7 +17,10 @@ Expected: does not hold. Tokens that predict an answer get more recursions than 
           depth 1.57, so more is not spent on them either. With rotary positions alone, the first
           setting: 0.91 right at fixed depth, 0.89 online, 0.83 early, Spearman's -0.15 and 0.03,
           and depth 2.8 without a price. One seed of 8 values and 5 hops with 5 recursions, online:
-          0.79 right, Spearman's 0.59, depth 1.2 for one hop and 1.4 for five.
+          0.79 right, Spearman's 0.59, depth 1.2 for one hop and 1.4 for five. Graphs: 0.99 right
+          online and 0.97 early; depth follows neither size nor hub (R^2 0.01 each), and what the
+          search finds more where it is decided early, if at all (0.29, -0.18 to 0.77; online 0.06,
+          0.01 to 0.12), against the claim.
 """
 
 from tokenlab import config as configs

@@ -1,7 +1,7 @@
 """CoT2, the second stage: mixtures of thoughts by policy gradient, from half-way supervision.
 
-The model of ``cot2.py`` is supervised for a quarter of its steps, so that there is something left
-to learn. Then it thinks in means of three tokens that it draws, eight times for each row, and is
+The model of ``cot2.py`` is supervised for a tenth of its steps, so that there is something left to
+learn. Then it thinks in means of three tokens that it draws, eight times for each row, and is
 told of each rollout only whether the answer is right. It is compared with the same model before
 that, and with one that is supervised for as many FLOPs more.
 
@@ -37,8 +37,8 @@ Stage = Literal["before", "rewards", "supervision"]
 
 
 def supervised() -> Experiment:
-    """A quarter of the steps of ``cot2.py``."""
-    return configs.replace(cot2.config(), {"steps": cot2.STEPS // 4, "name": "cot2-quarter"})
+    """A tenth of the steps of ``cot2.py``."""
+    return configs.replace(cot2.config(), {"steps": cot2.STEPS // 10, "name": "cot2-tenth"})
 
 
 def config() -> Experiment:
@@ -83,7 +83,7 @@ class Continued(Trial):
     def measure(self, *, seed: int) -> Measured:
         """Held-out accuracy behind the stage."""
         view, _ = trained(configs.replace(supervised(), {"seed": seed}))
-        costs = {"supervised_steps": cot2.STEPS // 4, "flops": 0.0}
+        costs = {"supervised_steps": cot2.STEPS // 10, "flops": 0.0}
         if self.stage == "before":
             return Measured(figures=figures(view.params), costs=costs)
         experiment = config() if self.stage == "rewards" else more()
