@@ -14,6 +14,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from jax import lax
 from jax._src import callback
 from jax._src.pallas.mosaic.interpret import thread_map, utils
 from jax._src.pallas.mosaic_gpu import core, primitives
@@ -21,6 +22,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.state import types
 from jax._src.state.primitives import get_p, swap_p
+from jax.extend.core import Var
 
 # With a clock for each of many copies none is taken to be done because a later one is.
 STRICT = InterpretGPUParams(
@@ -119,12 +121,28 @@ def _plain(jaxpr):
 
     def plain(eqn):
         if eqn.primitive is primitives.load_p:
-            return eqn.replace(primitive=get_p, params={"tree": eqn.params["tree"]})
+            return _plain_load(eqn)
         if eqn.primitive is primitives.wgmma_accumulator_store_p:
-            return eqn.replace(primitive=swap_p, params={"tree": jax.tree.structure(())})
-        return eqn
+            return [eqn.replace(primitive=swap_p, params={"tree": jax.tree.structure(())})]
+        return [eqn]
 
-    return jaxpr.replace(eqns=[plain(eqn) for eqn in jaxpr.eqns])
+    return jaxpr.replace(eqns=[new for eqn in jaxpr.eqns for new in plain(eqn)])
+
+
+def _plain_load(eqn):
+    """A load, and then a transposition where the reference is transposed."""
+    transforms = jax.tree.unflatten(eqn.params["tree"], eqn.invars[1:])
+    turns = [one for one in transforms if isinstance(one, types.TransposeTransform)]
+    if not turns:
+        return [eqn.replace(primitive=get_p, params={"tree": eqn.params["tree"]})]
+    assert turns == [transforms[-1]], "an index after a transposition"
+    (out,), order = eqn.outvars, turns[0].permutation
+    shape = tuple(out.aval.shape[axis] for axis in np.argsort(order))
+    loaded = Var(out.aval.update(shape=shape))
+    params = {"tree": jax.tree.structure(tuple(transforms[:-1]))}
+    load = eqn.replace(primitive=get_p, params=params, outvars=[loaded])
+    turn = {"primitive": lax.transpose_p, "params": {"permutation": tuple(order)}}
+    return [load, eqn.replace(**turn, invars=[loaded], effects=set())]
 
 
 def _multiply(token, place, accumulator, a, b, of_b):

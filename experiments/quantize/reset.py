@@ -50,7 +50,7 @@ from tokenlab.decode import (
     TopP,
 )
 from tokenlab.files import load_module
-from tokenlab.models import unrolled
+from tokenlab.models import rounded, unrolled
 from tokenlab.quantize import NVFP4, Layerwise
 from tokenlab.study import Claim, Measured, Study, Trial
 
@@ -60,6 +60,7 @@ thinking = load_module(pathlib.Path(__file__).parents[1] / "latent" / "swi_reaso
 SYMBOLS, BRANCHES = 10, 4
 BLANK = SYMBOLS + BRANCHES
 _NEVER = -20.0
+CALIBRATION = 64  # problems that set the tensor scales of activations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,13 +164,15 @@ class Reasoning(Trial):
 
     Attributes:
         processor: the temperature; the threshold of a ReSET is replaced by the calibrated one.
-        quantized: whether its weights are in NVFP4.
+        weights: whether they are in NVFP4.
+        activations: likewise, of what every projection reads.
         problems: problems of a seed.
         samples: of each problem.
     """
 
     processor: Temperature | ReSET
-    quantized: bool = True
+    weights: bool = True
+    activations: bool = True
     problems: int = 200
     samples: int = 8
 
@@ -205,8 +208,11 @@ class Reasoning(Trial):
     def _view(self, seed: int) -> View:
         trained = thinking.thinker(thinking.WORDING, seed)
         model, params = unrolled(trained.model, trained.params)
-        if self.quantized:
+        whole = View(model=model, params=params)
+        if self.weights:
             params = Layerwise(quantizer=NVFP4())(model, params).params
+        if self.activations:
+            model = rounded(model, params, tokens=_calibration(whole, seed))
         return View(model=model, params=params)
 
 
@@ -218,6 +224,14 @@ def _written(
         sampler=Categorical(processors=(processor, TopP(p=0.95))),
     )
     return decoder(view, prompts, key=jax.random.key(seed))
+
+
+def _calibration(view: View, seed: int) -> Int[np.ndarray, "P T"]:
+    """Problems with what the model wrote before it was quantised, as long as the shortest."""
+    problems = thinking.WORDING.problems(seed=(3, seed), count=CALIBRATION)
+    prompts = [problem.prompt for problem in problems]
+    written = _written(view, Temperature(value=0.6), prompts, seed)
+    return np.concatenate([prompts, written.tokens[:, : written.lengths.min()]], axis=1)
 
 
 def _entropies(
@@ -254,10 +268,16 @@ def _reasoning() -> dict[str, Reasoning]:
     openings = StepEnds(blank=tuple(range(vocabulary - task.openings, vocabulary)))
     arms = {f"nvfp4_at_{t}": Reasoning(processor=Temperature(value=t)) for t in (0.1, 0.6, 1.0)}
     arms |= {
-        f"full_at_{t}": Reasoning(processor=Temperature(value=t), quantized=False)
+        f"full_at_{t}": Reasoning(processor=Temperature(value=t), weights=False, activations=False)
         for t in (0.6, 1.0)
     }
-    return arms | {"nvfp4_reset": Reasoning(processor=ReSET(low=0.1, ends=openings))}
+    reset = Reasoning(processor=ReSET(low=0.1, ends=openings))
+    weights = {"nvfp4_reset": reset, "nvfp4_at_0.6": arms["nvfp4_at_0.6"]}
+    arms |= {
+        name.replace("nvfp4", "weights"): dataclasses.replace(arm, activations=False)
+        for name, arm in weights.items()
+    }
+    return arms | {"nvfp4_reset": reset}
 
 
 def study() -> Study:
@@ -268,6 +288,7 @@ def study() -> Study:
         question="Do two temperatures keep symbols right and branches open?",
         arms=_arms("") | _arms("rare_", open=1, symbols=10) | _reasoning(),
         matched="tokens",
+        seeds=tuple(range(5)),
         claims=(
             Claim(
                 arm="reset",

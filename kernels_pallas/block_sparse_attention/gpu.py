@@ -7,7 +7,6 @@ at run time are cut to the tiles of each; a static map is asked for in tiles. He
 
 import functools
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +19,11 @@ from kernels_pallas.block_sparse_attention.blocks import Tokens
 from kernels_pallas.block_sparse_attention.gpu_tiles import ROWS, Sides, Static, Tiles
 from kernels_pallas.block_sparse_attention.masks import MaskRule
 from kernels_pallas.block_sparse_attention.specs import BlockSparseAttentionConfig
-from kernels_pallas.common import dispatch
+from kernels_pallas.common import hopper
 
 _WIDTHS = (64, 128, 256)
 # Whole tiles of every kernel.
 _WHOLE = 128
-_HOPPER = re.compile(r"\bG?H\d{2,3}\b")
 
 
 class _Call(NamedTuple):
@@ -76,14 +74,9 @@ def supports(
 ) -> str | None:
     """Why this form cannot run, or ``None``."""
     del others
-    reason = dispatch.needs("gpu", config.interpret)
+    reason = hopper.needs(config.interpret)
     if reason is not None:
         return reason
-    if config.interpret is True:
-        return "it runs in Mosaic-GPU's interpreter; config.interpret takes parameters of that one"
-    kind = dispatch.device_kind()
-    if not config.interpret and _HOPPER.search(kind) is None:
-        return f"it is written for the tensor cores of Hopper, this is a {kind}"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or {k.dtype, v.dtype} != {q.dtype}:
         return (
             f"it takes bfloat16 or float16 alike, not {q.dtype}, {k.dtype}, {v.dtype}; tensor cores"

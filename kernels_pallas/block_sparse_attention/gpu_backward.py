@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.block_sparse_attention import gpu_tiles as parts
 from kernels_pallas.block_sparse_attention.gpu_tiles import ROWS, Place, Sides, Static
+from kernels_pallas.common import hopper
 
 # Columns of the two gradients of keys and values that a warpgroup has registers for.
 _PART = 128
@@ -39,10 +40,10 @@ def backward_q(
         computing=groups,
         out_type=jax.ShapeDtypeStruct(sides.q.shape, dtype),
         scratch_types=(
-            parts.tiled((groups, ROWS, width), dtype),
-            parts.tiled((groups, ROWS, width), dtype),
-            parts.tiled((slots, inner, width), dtype),
-            parts.tiled((slots, inner, width), dtype),
+            hopper.tiled((groups, ROWS, width), dtype),
+            hopper.tiled((groups, ROWS, width), dtype),
+            hopper.tiled((slots, inner, width), dtype),
+            hopper.tiled((slots, inner, width), dtype),
             plgpu.Barrier(num_arrivals=2 * groups),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             plgpu.Barrier(num_arrivals=groups, num_barriers=slots),
@@ -71,10 +72,10 @@ def backward_kv(
         computing=computing,
         out_type=[jax.ShapeDtypeStruct(sides.k.shape, dtype)] * 2,
         scratch_types=(
-            parts.tiled((groups, pieces, ROWS, part), dtype),
-            parts.tiled((groups, pieces, ROWS, part), dtype),
-            parts.tiled((slots, pieces, inner, part), dtype),
-            parts.tiled((slots, pieces, inner, part), dtype),
+            hopper.tiled((groups, pieces, ROWS, part), dtype),
+            hopper.tiled((groups, pieces, ROWS, part), dtype),
+            hopper.tiled((slots, pieces, inner, part), dtype),
+            hopper.tiled((slots, pieces, inner, part), dtype),
             plgpu.SMEM((slots, 2, inner), jnp.float32),
             plgpu.Barrier(num_arrivals=2 * computing),
             plgpu.Barrier(num_arrivals=2 * pieces + 2, num_barriers=slots),
@@ -128,7 +129,7 @@ def _copy_q(refs: _RefsQ, at: Place, static: Static) -> None:
         plgpu.copy_gmem_to_smem(refs.k.at[source], refs.k_tiles.at[slot], refs.ready.at[slot])
         plgpu.copy_gmem_to_smem(refs.v.at[source], refs.v_tiles.at[slot], refs.ready.at[slot])
 
-    at.copy_each(tiles.slots, (refs.free, copy))
+    hopper.copy_each(at.steps, tiles.slots, (refs.free, copy))
 
 
 def _compute_q(refs: _RefsQ, at: Place, static: Static) -> None:
@@ -137,12 +138,12 @@ def _compute_q(refs: _RefsQ, at: Place, static: Static) -> None:
     own = pl.ds(at.tile * tiles.outer + at.group * ROWS, ROWS)
     own_tokens = parts.tokens(refs.q_tokens, at.batch, own, parts.BY_ROW)
     log_sum_exp, subtracted = (
-        parts.load(refs.per_query.at[at.batch, at.head, i, own], parts.BY_ROW) for i in (0, 1)
+        hopper.load(refs.per_query.at[at.batch, at.head, i, own], parts.BY_ROW) for i in (0, 1)
     )
     plgpu.barrier_wait(refs.own_ready)
 
     def visit(step, total, *, masked: bool):
-        slot = parts.slot_of(step, tiles.slots)
+        slot = hopper.slot_of(step, tiles.slots)
         plgpu.barrier_wait(refs.ready.at[slot])
         group = parts.anew(at.group)
         products, by_weights = parts.products_nt(
@@ -229,7 +230,7 @@ def _copy_kv(refs: _RefsKV, at: Place, static: Static) -> None:
             source = at.batch, head, i, rows
             plgpu.copy_gmem_to_smem(refs.per_query.at[source], refs.per_query_tiles.at[slot, i], to)
 
-    at.copy_each(tiles.slots, (refs.free, copy))
+    hopper.copy_each(at.steps, tiles.slots, (refs.free, copy))
 
 
 def _compute_kv(refs: _RefsKV, at: Place, static: Static) -> None:
@@ -242,7 +243,7 @@ def _compute_kv(refs: _RefsKV, at: Place, static: Static) -> None:
     plgpu.barrier_wait(refs.own_ready)
 
     def visit(step, totals, *, masked: bool):
-        slot = parts.slot_of(step, tiles.slots)
+        slot = hopper.slot_of(step, tiles.slots)
         plgpu.barrier_wait(refs.ready.at[slot])
 
         def visible(shape):
@@ -299,7 +300,7 @@ def _plus_gradients(
     by_k, by_v = totals
     (products,) = parts.products_nt((k, q))
     scores = parts.scores(static, products)
-    log_sum_exp, subtracted = (parts.load(per_query.at[i], parts.BY_COLUMN) for i in (0, 1))
+    log_sum_exp, subtracted = (hopper.load(per_query.at[i], parts.BY_COLUMN) for i in (0, 1))
     weights = jnp.exp2(scores - parts.along_columns(log_sum_exp, scores.shape))
     if visible is not None:
         weights = jnp.where(visible(scores.shape), weights, 0.0)

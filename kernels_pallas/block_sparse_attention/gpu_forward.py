@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.block_sparse_attention import gpu_tiles as parts
 from kernels_pallas.block_sparse_attention.gpu_tiles import ROWS, Place, Sides, Static
 from kernels_pallas.block_sparse_attention.specs import NOTHING
+from kernels_pallas.common import hopper
 
 
 def forward(static: Static, sides: Sides) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
@@ -31,9 +32,9 @@ def forward(static: Static, sides: Sides) -> tuple[Float[Array, "B T H E"], Floa
             jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
         ),
         scratch_types=(
-            parts.tiled((groups, ROWS, width), dtype),
-            parts.tiled((slots, inner, width), dtype),
-            parts.tiled((slots, inner, width), dtype),
+            hopper.tiled((groups, ROWS, width), dtype),
+            hopper.tiled((slots, inner, width), dtype),
+            hopper.tiled((slots, inner, width), dtype),
             plgpu.SMEM((groups, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=groups),
             plgpu.Barrier(num_barriers=slots),
@@ -86,7 +87,8 @@ def _copy(refs: _Refs, at: Place, static: Static) -> None:
         source = at.batch, at.inner_rows(refs.inner, step, tiles.inner), at.key_head(static.group)
         plgpu.copy_gmem_to_smem(of.at[source], to.at[slot], ready.at[slot])
 
-    at.copy_each(
+    hopper.copy_each(
+        at.steps,
         tiles.slots,
         (refs.k_free, functools.partial(copy, of=refs.k, to=refs.k_tiles, ready=refs.k_ready)),
         (refs.v_free, functools.partial(copy, of=refs.v, to=refs.v_tiles, ready=refs.v_ready)),
@@ -102,7 +104,7 @@ def _compute(refs: _Refs, at: Place, static: Static) -> None:
     plgpu.barrier_wait(refs.q_ready)
 
     def visit(step, running, *, masked: bool):
-        slot = parts.slot_of(step, tiles.slots)
+        slot = hopper.slot_of(step, tiles.slots)
         plgpu.barrier_wait(refs.k_ready.at[slot])
         (products,) = parts.products_nt(([own_tile], [refs.k_tiles.at[slot]]))
         plgpu.barrier_arrive(refs.k_free.at[slot])

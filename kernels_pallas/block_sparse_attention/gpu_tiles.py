@@ -1,8 +1,7 @@
 """What the kernels for Hopper are put together from.
 
 A thread block computes one *outer* tile. It has a warpgroup for each 64 of its rows, and one more
-that does nothing but start copies, into a ring of slots: a slot is filled anew as soon as every
-computing warpgroup is done with what it held. Which *inner* tiles are visited is read from a list
+that copies (``common.hopper``). Which *inner* tiles are visited is read from a list
 (``pairs.ranges``): first a loop over those that need no mask, then one over the others, so that
 neither has a branch.
 
@@ -12,7 +11,6 @@ registers.
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_sparse_attention.masks import MaskRule
 from kernels_pallas.block_sparse_attention.specs import NOTHING
+from kernels_pallas.common import hopper
 
 # Rows of a warpgroup: those of one tensor-core instruction.
 ROWS = 64
@@ -107,12 +106,6 @@ def kernel(
     )
 
 
-def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the order that tensor cores read."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
 class Place(NamedTuple):
     """What a warpgroup is there for: its result, and the part of the list that it visits.
 
@@ -190,37 +183,6 @@ class Place(NamedTuple):
         visit_masked = functools.partial(visit, masked=True)
         return lax.fori_loop(self.unmasked, self.steps, visit_masked, carry)
 
-    def copy_each(self, slots: int, *copies: tuple[Any, Callable[[Array, Array], None]]) -> None:
-        """``copy(step, slot)`` for every step, once the slot's earlier contents are free.
-
-        Ends when the last contents are free as well.
-
-        Args:
-            slots: how many there are.
-            *copies: barriers that say for each slot that it is free, and what to copy then.
-        """
-
-        def wait(barriers: Any, step: Array) -> None:
-            barrier = barriers.at[slot_of(step, slots)]
-            pl.when(step >= slots)(functools.partial(plgpu.barrier_wait, barrier))
-
-        def visit(step: Array, _: None) -> None:
-            for free, copy in copies:
-                wait(free, step)
-                copy(step, slot_of(step, slots))
-
-        def drain(step: Array, _: None) -> None:
-            for free, _copy in copies:
-                wait(free, step)
-
-        lax.fori_loop(jnp.int32(0), self.steps, visit, None)
-        lax.fori_loop(self.steps, self.steps + slots, drain, None)
-
-
-def slot_of(step: Array, slots: int) -> Array:
-    """The slot that holds what a step visits."""
-    return lax.rem(step, jnp.int32(slots))
-
 
 def anew(index: Array) -> Array:
     """``index``, such that what follows from it is computed again in each step of a loop.
@@ -281,16 +243,10 @@ def plus_product(total: Array, a: Array, b: Any) -> Array:
     return pl.run_scoped(compute, plgpu.ACC((rows, columns), jnp.float32))
 
 
-def load(of: Any, layout: Any) -> Array:
-    """All of a reference, from either memory, in registers."""
-    # The index is an argument of this function in older versions of JAX only.
-    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-    return plgpu.load(of, *index, layout=layout, optimized=False)
-
-
 def tokens(of: Any, batch: Array, rows: Any, layout: Any) -> tuple[Array, Array]:
     """Positions and segments, in registers."""
-    return load(of.at[batch, 0, rows], layout), load(of.at[batch, 1, rows], layout)
+    positions, segments = (hopper.load(of.at[batch, i, rows], layout) for i in (0, 1))
+    return positions, segments
 
 
 def scores(static: Static, products: Array) -> Array:

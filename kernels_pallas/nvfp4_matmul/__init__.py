@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from kernels_pallas.common.dispatch import Operation
-from kernels_pallas.nvfp4_matmul import ref, tpu, xla
+from kernels_pallas.nvfp4_matmul import gpu, ref, tpu, xla
 from kernels_pallas.nvfp4_matmul.codes import BLOCK, E2M1, decoded, encoded, packed, unpacked
 from kernels_pallas.nvfp4_matmul.specs import Nvfp4MatmulConfig
 
@@ -17,6 +17,8 @@ _MATMUL = Operation.of(
     xla=xla.nvfp4_matmul,
     tpu=tpu.nvfp4_matmul,
     tpu_supports=tpu.supports,
+    gpu=gpu.nvfp4_matmul,
+    gpu_supports=gpu.supports,
 )
 
 
@@ -28,7 +30,7 @@ def nvfp4_matmul(
     weight_scales: Float[Array, "G N"],
     alpha: Float[Array, ""] | float = 1.0,
     dtype: DTypeLike = jnp.float32,
-    impl: Literal["ref", "xla", "tpu"] | None = None,
+    impl: Literal["ref", "xla", "tpu", "gpu"] | None = None,
     config: Nvfp4MatmulConfig | None = None,
 ) -> Float[Array, "M N"]:
     """A product of two matrices in NVFP4.
@@ -47,8 +49,9 @@ def nvfp4_matmul(
         weight_scales: scales of its blocks, float8_e4m3fn.
         alpha: product of both tensor scales.
         dtype: of the result.
-        impl: ``"ref"``, ``"xla"``, ``"tpu"`` (at most 8 tokens; every byte of the weight is read
-            once for all of them), or ``None`` for the best that can run.
+        impl: ``"ref"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (Hopper); these two take at most 8
+            tokens and read every byte of the weight once for all of them; or ``None`` for the
+            best that can run.
         config: block sizes; ``None`` derives them from the shapes.
 
     Returns:
@@ -63,8 +66,8 @@ def nvfp4_matmul(
     Temperature Scaling", 2026, arXiv:2606.13233 (the matrix-vector product).
 
     Differences from the paper: contracted positions lie along the first axis of the weight, as
-    in all projections here, so that a block's scale is spread along sublanes; there is no form
-    for GPUs.
+    in all projections here, so that a block's scale is spread along sublanes of a TPU. The
+    paper's kernel is for Blackwell's CUDA cores; ``"gpu"`` multiplies on Hopper's tensor cores.
     """
     rows, halves = x.shape
     blocks = 2 * halves // BLOCK

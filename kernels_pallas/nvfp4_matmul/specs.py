@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,11 @@ class Nvfp4MatmulConfig:
     """Block sizes.
 
     Attributes:
-        block_columns: columns of the weight handled at a time, of ``"tpu"`` a multiple of 128;
-            ``None`` derives it, for ``"tpu"`` from the bytes that they take.
-        interpret: of ``"tpu"``: the ``interpret`` of ``pallas_call``; true runs the kernel
-            anywhere, slowly.
+        block_columns: columns of the weight handled at a time, of ``"tpu"`` a multiple of 128, of
+            ``"gpu"`` 64 or 128; ``None`` derives it, for ``"tpu"`` from the bytes that they take,
+            for ``"gpu"`` as the larger that divides all.
+        interpret: of ``"tpu"`` and ``"gpu"``: the ``interpret`` of Pallas; runs the kernel
+            anywhere, slowly. ``"tpu"`` takes true, ``"gpu"`` parameters of the Mosaic-GPU one.
     """
 
     block_columns: int | None = None
@@ -90,9 +91,14 @@ def arguments(named: Shape) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def program(
-    *, shape: str, dtype: str, backward: bool, block_columns: int | None = None
+    *,
+    shape: str,
+    dtype: str,
+    backward: bool,
+    impl: Literal["tpu", "gpu"] = "tpu",
+    block_columns: int | None = None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A call of a named shape, for ``kernels_pallas.common.schedule``.
+    """A call of a named shape, for ``schedule`` and ``resources``.
 
     Raises:
         ValueError: a backward pass is asked for; the kernel has none.
@@ -105,6 +111,6 @@ def program(
     config = Nvfp4MatmulConfig(block_columns=block_columns)
 
     def multiply(arrays: Any) -> Any:
-        return op.nvfp4_matmul(**arrays, dtype=dtype, impl="tpu", config=config)
+        return op.nvfp4_matmul(**arrays, dtype=dtype, impl=impl, config=config)
 
     return multiply, (arguments(SHAPES[shape]),)

@@ -19,11 +19,13 @@ from tokenlab.quantize import (
     NVFP4,
     RSQ,
     ActivationNorm,
+    ActivationQuantizer,
     AttentionConcentration,
     FirstAndLastPositions,
     FirstPositions,
     LayerView,
     Layerwise,
+    NVFP4Activations,
     Quantizer,
     QuaRot,
     RoundToNearest,
@@ -103,6 +105,23 @@ IMPORTANCES = {
 METHODS = {Layerwise: Layerwise(), QuaRot: QuaRot(), RSQ: RSQ()}
 
 
+def four_bits(row, largest):
+    """NVFP4 of a row by ml_dtypes' own rounding."""
+    scale = np.float32(largest) / np.float32(6 * 448)
+    out = np.zeros_like(row)
+    for start in range(0, len(row), 16):
+        block = row[start : start + 16]
+        step = np.minimum(np.abs(block).max() / (6 * scale), 448).astype(ml_dtypes.float8_e4m3fn)
+        step = np.float32(step) * scale
+        codes = np.clip(block / step, -6, 6).astype(ml_dtypes.float4_e2m1fn)
+        out[start : start + 16] = codes.astype(np.float32) * step
+    return out
+
+
+# The part, and its oracle on one token.
+ACTIVATIONS = {NVFP4Activations: (NVFP4Activations(), four_bits)}
+
+
 def public(family):
     return {
         member
@@ -115,11 +134,13 @@ def test_the_tables_hold_every_public_member():
     assert public(Quantizer) == set(QUANTIZERS)
     assert public(TokenImportance) == set(IMPORTANCES)
     assert public(Layerwise) == set(METHODS)
+    assert public(ActivationQuantizer) == set(ACTIVATIONS)
 
 
 PARTS = {
     **{member: row.part for member, row in QUANTIZERS.items()},
     **{member: row[0] for member, row in IMPORTANCES.items()},
+    **{member: row[0] for member, row in ACTIVATIONS.items()},
     **METHODS,
 }
 
@@ -133,7 +154,7 @@ def test_the_object_is_its_own_config(member):
 def test_methods_from_papers_name_them():
     papers = {member: row.paper for member, row in QUANTIZERS.items()}
     papers |= {member: row[2] for member, row in IMPORTANCES.items()}
-    papers |= {Layerwise: False, QuaRot: True, RSQ: True}
+    papers |= {Layerwise: False, QuaRot: True, RSQ: True, NVFP4Activations: True}
     for member, paper in papers.items():
         doc = inspect.getdoc(member) or ""
         assert ("Reference: " in doc and "arXiv:" in doc) == paper, member
@@ -199,6 +220,50 @@ def test_the_second_matrix_compiles_nothing():
         weight, moment = draw(seed)
         GPTQ(grid=SymmetricGrid(bits=4))(weight=weight, moment=moment)
     assert rounding._compensated._cache_size() == 1
+
+
+# ---------------------------------------------------------------- activations
+
+every_activation = pytest.mark.parametrize(
+    "row", ACTIVATIONS.values(), ids=lambda row: type(row[0]).__name__
+)
+
+
+def tokens_read(seed=0):
+    rng = np.random.default_rng(seed)
+    return np.float32(rng.normal(size=(2, 3, 32)) * np.exp(rng.normal(size=(2, 3, 32))))
+
+
+@every_activation
+@pytest.mark.parametrize("largest", [None, 1.5], ids=["dynamic", "calibrated"])
+def test_activations_equal_the_oracle(row, largest):
+    part, oracle = row
+    x = tokens_read()
+    found = part(jnp.asarray(x), largest=largest)
+    seen = np.abs(x).max() if largest is None else largest
+    expected = [oracle(token, seen) for token in x.reshape(-1, 32)]
+    np.testing.assert_allclose(found.reshape(-1, 32), expected, rtol=1e-6)
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounded_activations_stay_and_their_gradient_goes_through(row, dtype):
+    x = jnp.asarray(tokens_read(1), dtype)
+    once, pull_back = jax.vjp(row[0], x)
+    assert once.dtype == x.dtype and once.shape == x.shape
+    cotangent = jnp.asarray(tokens_read(2), dtype)
+    np.testing.assert_array_equal(pull_back(cotangent)[0], cotangent)
+    if dtype == "float32":  # the largest is on the grid, so that this is the same one
+        np.testing.assert_allclose(row[0](once), once, rtol=1e-6)
+    assert not np.any(row[0](jnp.zeros_like(x)))
+
+
+@every_activation
+def test_with_calibration_no_token_sees_another(row):
+    x = jnp.asarray(tokens_read(3))
+    whole = row[0](x, largest=2.0)
+    for b, t in np.ndindex(2, 3):
+        np.testing.assert_array_equal(row[0](x[b, t], largest=2.0), whole[b, t])
 
 
 # ---------------------------------------------------------------- importance

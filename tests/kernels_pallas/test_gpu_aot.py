@@ -10,6 +10,8 @@ import pytest
 from kernels_pallas.block_sparse_attention import Causal, block_sparse_attention
 from kernels_pallas.block_sparse_attention.specs import GPU_SHAPES
 from kernels_pallas.common import aot, resources
+from kernels_pallas.nvfp4_matmul import nvfp4_matmul
+from kernels_pallas.nvfp4_matmul import specs as nvfp4
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 SPECS = "kernels_pallas.block_sparse_attention.specs:program"
@@ -33,8 +35,8 @@ def gpu_aot(test):
     return test
 
 
-def _assert_fits(found):
-    assert [one.kernel for one in found] == KERNELS
+def _assert_fits(found, kernels=KERNELS):
+    assert [one.kernel for one in found] == list(kernels)
     for one in found:
         assert one.architecture == "sm_90a"
         assert 0 < one.registers <= MOST_REGISTERS
@@ -111,6 +113,36 @@ def test_float32_falls_through_to_xla():
         traced = jax.jit(_attend).trace(jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32))
     assert "pallas_call" not in str(traced.jaxpr)
     assert "mpmd_map" not in str(traced.jaxpr)
+
+
+NVFP4 = "kernels_pallas.nvfp4_matmul.specs:program"
+
+
+@gpu_aot
+@pytest.mark.parametrize("shape", nvfp4.SHAPES)
+def test_products_of_4_bits_fit_two_to_a_multiprocessor(shape):
+    found = resources.resources(NVFP4, shape=shape, dtype="float32", backward=False, impl="gpu")
+    _assert_fits(found, ["nvfp4_matmul"])
+    # 65,536 registers, of 384 threads each; and shared memory, 1 kB of it the system's.
+    assert 2 * 384 * found[0].registers <= 1 << 16
+    assert 2 * (found[0].shared_bytes + 1024) <= 228 * 1024
+
+
+@gpu_aot
+@pytest.mark.parametrize("shape", nvfp4.SHAPES)
+def test_products_of_4_bits_keep_no_other_form_of_the_weight(shape):
+    made = nvfp4.arguments(nvfp4.SHAPES[shape])
+    compiled = aot.compile_gpu(lambda arrays: nvfp4_matmul(**arrays), made)
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 1
+    # Neither the weight in another form, nor a copy of its codes: tokens and sums of splits only.
+    assert compiled.memory_analysis().temp_size_in_bytes < max(made["weight"].size // 8, 1 << 19)
+
+
+@gpu_aot
+def test_another_number_of_tokens_takes_the_other_form_of_products():
+    made = nvfp4.arguments(nvfp4.Shape(rows=9, contracted=576, columns=1536))
+    text = aot.compile_gpu(lambda arrays: nvfp4_matmul(**arrays), made).as_text()
+    assert "mosaic_gpu" not in text
 
 
 @gpu_aot

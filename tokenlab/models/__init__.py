@@ -46,6 +46,7 @@ from tokenlab.models.linmu import MMATE, linmu, with_teacher
 from tokenlab.models.local_windows import LocalWindows
 from tokenlab.models.presets import llama, transformer_1m, transformer_15m, transformer_135m
 from tokenlab.models.pruned_backward import PrunedSwiGLU
+from tokenlab.models.rounded import RoundedTransformer, rounded
 from tokenlab.models.routed import given_options, with_base, with_stand_ins
 from tokenlab.models.stand_ins import Forecaster, RoutedFeedForward, RoutedMixer
 from tokenlab.models.thinking import ThinkingTransformer, thinking
@@ -108,6 +109,7 @@ __all__ = [
     "RandomScores",
     "Rotary",
     "RotaryScaling",
+    "RoundedTransformer",
     "RoutedFeedForward",
     "RoutedMixer",
     "SwiGLU",
@@ -131,6 +133,7 @@ __all__ = [
     "merged",
     "reduced_rank",
     "rotate",
+    "rounded",
     "shrunk",
     "thinking",
     "token_former",

@@ -1,6 +1,6 @@
 """Few bits: quantisers of one matrix, and of a decoder layer by layer."""
 
-from tokenlab.quantize.base import Quantized, Quantizer
+from tokenlab.quantize.base import ActivationQuantizer, Quantized, Quantizer
 from tokenlab.quantize.grid import SymmetricGrid
 from tokenlab.quantize.importance import (
     ActivationNorm,
@@ -15,7 +15,14 @@ from tokenlab.quantize.importance import (
     attention_received,
 )
 from tokenlab.quantize.layerwise import RSQ, Layerwise, QuantizedModel, QuaRot, expand
-from tokenlab.quantize.nvfp4 import NVFP4, NVFP4Tensor, fake_nvfp4, nvfp4, tensor_scale
+from tokenlab.quantize.nvfp4 import (
+    NVFP4,
+    NVFP4Activations,
+    NVFP4Tensor,
+    fake_nvfp4,
+    nvfp4,
+    tensor_scale,
+)
 from tokenlab.quantize.rotation import Rotation, hadamard_matrix, random_orthogonal
 from tokenlab.quantize.rounding import GPTQ, RoundToNearest, upper_factor
 
@@ -24,11 +31,13 @@ __all__ = [
     "NVFP4",
     "RSQ",
     "ActivationNorm",
+    "ActivationQuantizer",
     "AttentionConcentration",
     "FirstAndLastPositions",
     "FirstPositions",
     "LayerView",
     "Layerwise",
+    "NVFP4Activations",
     "NVFP4Tensor",
     "QuaRot",
     "Quantized",

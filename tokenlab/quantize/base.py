@@ -6,6 +6,7 @@ import abc
 import dataclasses
 from typing import ClassVar, NamedTuple
 
+import jax
 import numpy as np
 
 from tokenlab.core.arrays import Array, Float, Int
@@ -51,3 +52,27 @@ class Quantizer(abc.ABC):
             moment: ``Σ r x xᵀ`` over inputs x of weight r, up to a factor, on the host; members
                 that are ``calibrated`` need it.
         """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationQuantizer(abc.ABC):
+    """The family that rounds what a projection reads: ``y = round(x) @ kernel``."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Float[Array, "*N K"], *, largest: float | None = None
+    ) -> Float[Array, "*N K"]:
+        """Activations as few bits leave them, in their dtype.
+
+        The gradient is straight-through: that of the identity.
+
+        Args:
+            x: what a projection reads.
+            largest: magnitude that was seen in calibration, so that no token's values depend on
+                the others of its pass; None takes that of ``x``.
+        """
+
+
+def straight_through(x: Float[Array, "*N"], rounded: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """``rounded``, exactly, with the gradient of ``x``."""
+    return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))

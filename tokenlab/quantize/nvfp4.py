@@ -11,7 +11,12 @@ import numpy as np
 from kernels_pallas.nvfp4_matmul import BLOCK, E2M1, decoded, encoded
 from tokenlab.core.arrays import Array, Float, Int, Scalar
 from tokenlab.core.errors import UserError
-from tokenlab.quantize.base import Quantized, Quantizer
+from tokenlab.quantize.base import (
+    ActivationQuantizer,
+    Quantized,
+    Quantizer,
+    straight_through,
+)
 
 _LARGEST_SCALE = 448.0  # of float8_e4m3fn
 
@@ -72,9 +77,33 @@ def nvfp4(x: Float[Array, "K ..."], *, scale: Scalar | None = None) -> NVFP4Tens
 
 
 def fake_nvfp4(x: Float[Array, "*N K"], *, scale: Scalar | None = None) -> Float[Array, "*N K"]:
-    """Activations as NVFP4 leaves them, blocks along the last axis, in the dtype of ``x``."""
+    """Activations as NVFP4 leaves them, blocks along the last axis, in the dtype of ``x``.
+
+    The gradient is straight-through.
+    """
     rounded = nvfp4(jnp.moveaxis(x, -1, 0), scale=scale).values()
-    return jnp.moveaxis(rounded, 0, -1).astype(x.dtype)
+    return straight_through(x, jnp.moveaxis(rounded, 0, -1).astype(x.dtype))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NVFP4Activations(ActivationQuantizer):
+    """Every activation to the nearest of NVFP4: with :class:`NVFP4` weights, W4A4.
+
+    Scales of blocks are those of the values at hand; the tensor scale is of ``largest``, and what
+    lies beyond has the largest code and scale.
+
+    Reference: NVIDIA, "Pretraining Large Language Models with NVFP4", 2025, arXiv:2509.25149.
+    """
+
+    def __call__(
+        self, x: Float[Array, "*N K"], *, largest: float | None = None
+    ) -> Float[Array, "*N K"]:
+        """Rounds.
+
+        Raises:
+            UserError: the number of features is no multiple of 16.
+        """
+        return fake_nvfp4(x, scale=None if largest is None else tensor_scale(jnp.float32(largest)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,98 @@
+"""LinMU's M-MATE block against the attention that it takes the place of, over lengths.
+
+python -m benchmarks.mmate [--lengths 512 1024 ...] [--backward 2048] [--chunk 64] [--repeats 5]
+
+A prompt of one row is all video: frames of 16 x 16 patches, windows of 2 x 8 x 8, both branches.
+Attention is the plain causal one of equal width and heads, in blocks (``impl="xla"`` on a CPU). Both
+take turns in one process, in float32; printed are ratios of attention's time over M-MATE's, so that
+above 1 M-MATE is the faster one.
+"""
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from benchmarks.timing import in_turn
+from tokenlab.models import Grid, Window, linmu, llama
+
+SIDE, WINDOW = 16, Window(frames=2, height=8, width=8)
+
+
+def mixers(options, length):
+    """The attention of a layer, and the M-MATE block in its place."""
+    teacher = llama(
+        vocab_size=8, dim=options.dim, num_layers=1, num_heads=options.heads,
+        num_kv_heads=options.heads, hidden_dim=options.dim, max_length=length,
+    )  # fmt: skip
+    grid = Grid(frames=length // SIDE**2, height=SIDE, width=SIDE)
+    student = linmu(teacher, grid=grid, window=WINDOW, chunk=options.chunk)
+    return {"attention": teacher.block.mixer, "mmate": student.block.kinds()[0].mixer}
+
+
+def work_of(mixer, x, *, backward):
+    """What the layer makes of ``x``, or its gradient as well, compiled."""
+    segments = jnp.ones(x.shape[:2], jnp.int32)
+    positions = jnp.arange(x.shape[1])[None]
+    prompt = segments > 0
+
+    def forward(params, x):
+        out, _ = mixer.apply(
+            {"params": params}, x, positions=positions, segments=segments, prompt=prompt
+        )
+        return out
+
+    def both(params, x):
+        out, pull_back = jax.vjp(forward, params, x)
+        return out, pull_back(out)
+
+    made = jax.eval_shape(
+        functools.partial(mixer.init, positions=positions, segments=segments, prompt=prompt),
+        jax.random.key(0), x,
+    )  # fmt: skip
+    leaves, tree = jax.tree.flatten(nn.meta.unbox(made["params"]))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    drawn = [0.05 * jax.random.normal(key, one.shape) for key, one in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(tree, drawn)
+    compiled = jax.jit(both if backward else forward).lower(params, x).compile()
+    return functools.partial(compiled, params, x), compiled.memory_analysis().temp_size_in_bytes
+
+
+def measure(options, length):
+    """Prints a row of a length."""
+    x = jax.random.normal(jax.random.key(2), (1, length, options.dim))
+    passes = [False] + [True] * (length <= options.backward)
+    run, memory = {}, {}
+    for name, mixer in mixers(options, length).items():
+        for backward in passes:
+            run[name, backward], memory[name, backward] = work_of(mixer, x, backward=backward)
+    timings = in_turn(run, repeats=options.repeats)
+    for backward in passes:
+        dense, ours = timings["attention", backward], timings["mmate", backward]
+        which = "forward+backward" if backward else "forward"
+        print(
+            f"{length:6} {which:17} attention/M-MATE best {dense.best / ours.best:5.2f}"
+            f" median {dense.median / ours.median:5.2f}, temporary memory"
+            f" {memory['attention', backward] / memory['mmate', backward]:5.2f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Parses the command line and measures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--backward", type=int, default=2048, help="the longest with a gradient")
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    for length in options.lengths:
+        measure(options, length)
+
+
+if __name__ == "__main__":
+    main()
