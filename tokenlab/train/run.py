@@ -99,6 +99,7 @@ class Run:
             ema_decay=experiment.ema_decay,
             views=views or {},
             moves=experiment.optimizer.moves,
+            total_steps=clock.total_steps,
         )
         return cls(experiment=experiment, tokenizer=tokenizer, trainer=trainer, clock=clock)
 

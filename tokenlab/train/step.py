@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from tokenlab.core.arrays import Array, Float, Int, PRNGKeyArray, Scalar
 from tokenlab.core.context import Context, View
 from tokenlab.core.ledger import Ledger, saved_bytes
+from tokenlab.core.progress import given_progress
 from tokenlab.core.rng import stream
 from tokenlab.core.weighted import Weighted
 from tokenlab.objectives import Objective
@@ -83,6 +84,8 @@ class Trainer:
         views: models beside the policy, by name; their parameters do not change.
         moves: tells of each parameter whether the optimiser moves it, so that no gradient is
             computed of the others; None is all.
+        total_steps: of the run, of which the model is told the share that is done; None tells it
+            nothing.
     """
 
     model: nn.Module
@@ -95,6 +98,7 @@ class Trainer:
     ema_decay: float | None = None
     views: Mapping[str, View] = dataclasses.field(default_factory=dict)
     moves: Callable[[PyTree], PyTree] | None = None
+    total_steps: int | None = None
 
     def _params(self, model: nn.Module | None = None) -> PyTree:
         """Initial parameters, still boxed with the logical names of their axes."""
@@ -208,7 +212,10 @@ class Trainer:
             name: View(model=self.views[name].model, params=params)
             for name, params in frozen.items()
         }
-        grads, sums, ledger = self._gradient(state.params, batch, key, others)
+        given = {}
+        if self.total_steps is not None:
+            given = given_progress(jnp.float32(state.step) / self.total_steps)
+        grads, sums, ledger = self._gradient(state.params, batch, key, others, given)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -230,6 +237,7 @@ class Trainer:
         batch: Mapping[str, Array],
         key: PRNGKeyArray,
         others: Mapping[str, View],
+        given: Mapping[str, PyTree],
     ) -> tuple[PyTree, dict[str, Weighted], Ledger]:
         """Gradient of the objective over the whole batch, micro-batch by micro-batch.
 
@@ -247,7 +255,10 @@ class Trainer:
                 )
             context = Context(
                 batch=rows,
-                views={"policy": View(model=self.model, params=params), **others},
+                views={
+                    "policy": View(model=self.model, params=params, given=given),
+                    **others,
+                },
                 key=stream(key, "micro_batch", index),
                 train=True,
             )
