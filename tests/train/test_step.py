@@ -128,6 +128,11 @@ MESHES = {"MeshShape(data=4, fsdp=2)": 2, "MeshShape(data=4, tensor=2)": 2, **AL
         pytest.param(
             "MixtureOfRecursions(recursions=2, sharing='cycle')", MESHES, marks=pytest.mark.slow
         ),
+        pytest.param(
+            "MixtureOfRecursions(recursions=2, sharing='cycle', warmup=Fraction(of_run=0.1))",
+            ALL_AXES,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_one_device_and_eight_agree(corpus_folder, depth, arrangements):

@@ -44,7 +44,7 @@ class View:
         model: the module.
         params: its parameters.
         given: other collections that it reads, such as options that stand fixed
-            (``routing.GIVEN``).
+            (``routing.GIVEN``) or how far training has come (``core.progress``).
     """
 
     model: nn.Module

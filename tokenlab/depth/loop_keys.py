@@ -27,6 +27,15 @@ class LoopKeys:
         self._shared: list[SharedKeys] = []
         self._first: Picked | None = None
 
+    @property
+    def cached(self) -> bool:
+        """Whether the pass is over a cache."""
+        return any(cache is not None for cache in self._caches)
+
+    def again(self) -> LoopKeys:
+        """The same at the beginning of another pass, where no cache is."""
+        return LoopKeys(self._sharing, [None] * len(self._caches), layers=self._layers)
+
     def given(self, recursion: int, picked: Picked | None) -> list[Any]:
         """What the layers are given in a recursion, to which ``picked`` tokens come, or all."""
         if recursion == 0:

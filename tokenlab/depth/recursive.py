@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from tokenlab.cache import Cache, Picked
 from tokenlab.core.arrays import Array, Bool, Float, Hidden, Int, Positions, Prompt, Segments
 from tokenlab.core.errors import UserError
+from tokenlab.core.weighted import Weighted
 from tokenlab.depth.base import DepthProgram, DepthTrace, Layers
 from tokenlab.depth.loop_keys import KeySharing, LoopKeys
 from tokenlab.routing import Route
@@ -60,6 +61,18 @@ class SharedLayers(NamedTuple):
     first: list[nn.Module]
     loop: list[nn.Module]
     last: list[nn.Module]
+
+
+class Went(NamedTuple):
+    """The tokens that came to a recursion.
+
+    Attributes:
+        kept: which.
+        aux: named auxiliary losses of what chose them.
+    """
+
+    kept: Bool[Array, "B T"]
+    aux: dict[str, Weighted]
 
 
 class Loop(DepthProgram):
@@ -261,7 +274,7 @@ class Loop(DepthProgram):
 
     def _trace(self, valid: Bool[Array, "B T"], went: Any, layers: SharedLayers) -> DepthTrace:
         """The trace of a loop whose recursions ran on the tokens of these routes, or on all."""
-        routes: list[Route] = went
+        routes: list[Route | Went] = went
         kept = [route.kept for route in routes] or [valid] * self.recursions
 
         def of(masks: list[Bool[Array, "B T"]]) -> Bool[Array, "R B T"]:

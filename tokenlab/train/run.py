@@ -100,6 +100,7 @@ class Run:
             views=views or {},
             rollouts=data if isinstance(data, OnPolicy) else None,
             moves=experiment.optimizer.moves,
+            total_steps=clock.total_steps,
         )
         return cls(experiment=experiment, tokenizer=tokenizer, trainer=trainer, clock=clock)
 

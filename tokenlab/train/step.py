@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from tokenlab.core.arrays import Array, Float, Int, PRNGKeyArray, Scalar
 from tokenlab.core.context import Context, View
 from tokenlab.core.ledger import Ledger, saved_bytes
+from tokenlab.core.progress import given_progress
 from tokenlab.core.rng import stream
 from tokenlab.core.weighted import Weighted
 from tokenlab.data.base import OnPolicy
@@ -85,6 +86,8 @@ class Trainer:
         rollouts: what makes rows of the policy's own of each batch, or None.
         moves: tells of each parameter whether the optimiser moves it, so that no gradient is
             computed of the others; None is all.
+        total_steps: of the run, of which the model is told the share that is done; None tells it
+            nothing.
     """
 
     model: nn.Module
@@ -98,6 +101,7 @@ class Trainer:
     views: Mapping[str, View] = dataclasses.field(default_factory=dict)
     rollouts: OnPolicy | None = None
     moves: Callable[[PyTree], PyTree] | None = None
+    total_steps: int | None = None
 
     def _params(self, model: nn.Module | None = None) -> PyTree:
         """Initial parameters, still boxed with the logical names of their axes."""
@@ -211,11 +215,13 @@ class Trainer:
             name: View(model=self.views[name].model, params=params)
             for name, params in frozen.items()
         }
-        drawing = Ledger()
+        given, drawing = {}, Ledger()
+        if self.total_steps is not None:
+            given = given_progress(jnp.float32(state.step) / self.total_steps)
         if self.rollouts is not None:
-            policy = View(model=self.model, params=state.params)
+            policy = View(model=self.model, params=state.params, given=given)
             batch, drawing = self.rollouts.rolled(batch, policy=policy, key=stream(key, "rollouts"))
-        grads, sums, ledger = self._gradient(state.params, batch, key, others)
+        grads, sums, ledger = self._gradient(state.params, batch, key, others, given)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -237,6 +243,7 @@ class Trainer:
         batch: Mapping[str, Array],
         key: PRNGKeyArray,
         others: Mapping[str, View],
+        given: Mapping[str, PyTree],
     ) -> tuple[PyTree, dict[str, Weighted], Ledger]:
         """Gradient of the objective over the whole batch, micro-batch by micro-batch.
 
@@ -254,7 +261,10 @@ class Trainer:
                 )
             context = Context(
                 batch=rows,
-                views={"policy": View(model=self.model, params=params), **others},
+                views={
+                    "policy": View(model=self.model, params=params, given=given),
+                    **others,
+                },
                 key=stream(key, "micro_batch", index),
                 train=True,
             )
