@@ -131,16 +131,21 @@ class ThoughtRollouts(OnPolicy):
     ) -> tuple[Float[Array, "B T V"], Logits, Ledger]:
         """What is read of each thought, the logits where all are read, and what it took."""
         number: Int[Array, "B T"] = jnp.cumsum(reads, axis=1)
-        mixture, ledger = jnp.zeros_like(rows["mixture"]), Ledger()
         draw = jax.vmap(lambda row, own: self.mixture(logits=row, keys=own))
-        for thought in range(1, self.thoughts + 2):
-            context = Context(batch={**rows, "mixture": mixture}, views={"policy": policy})
-            logits = context.logits()
-            spent = policy.model.ledger(
-                context.output().trace, positions=rows["positions"], segments=rows["segments"]
-            )
+        mixture = jnp.zeros_like(rows["mixture"])
+        logits, ledger = _passed(rows, mixture, policy=policy)
+        for thought in range(1, self.thoughts + 1):
+            here = (reads & (number == thought))[..., None]
+            mixture = jnp.where(here, jnp.roll(draw(logits, keys), 1, axis=1), mixture)
+            logits, spent = _passed(rows, mixture, policy=policy)
             ledger = ledger.merge(spent)
-            if thought <= self.thoughts:
-                here = (reads & (number == thought))[..., None]
-                mixture = jnp.where(here, jnp.roll(draw(logits, keys), 1, axis=1), mixture)
         return mixture, logits, ledger
+
+
+def _passed(
+    rows: Mapping[str, Array], mixture: Float[Array, "B T V"], *, policy: View
+) -> tuple[Logits, Ledger]:
+    """Logits of a pass that reads ``mixture``, and what it costs."""
+    context = Context(batch={**rows, "mixture": mixture}, views={"policy": policy})
+    where = {name: rows[name] for name in ("positions", "segments")}
+    return context.logits(), policy.model.ledger(context.output().trace, **where)
