@@ -3,9 +3,9 @@
 python -m benchmarks.mmate [--lengths 512 1024 ...] [--backward 2048] [--chunk 64] [--repeats 5]
 
 A prompt of one row is all video: frames of 16 x 16 patches, windows of 2 x 8 x 8, both branches.
-Attention is the plain causal one of equal width and heads, in blocks (``impl="xla"`` on a CPU). Both
-take turns in one process, in float32; printed are ratios of attention's time over M-MATE's, so that
-above 1 M-MATE is the faster one.
+Attention is the plain causal one of equal width and heads, in blocks as a CPU runs it. All take
+turns in one process, in float32. Printed are ratios of attention's time over M-MATE's: above 1
+M-MATE is the faster one.
 """
 
 import argparse
@@ -54,7 +54,8 @@ def work_of(mixer, x, *, backward):
     )  # fmt: skip
     leaves, tree = jax.tree.flatten(nn.meta.unbox(made["params"]))
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    drawn = [0.05 * jax.random.normal(key, one.shape) for key, one in zip(keys, leaves, strict=True)]
+    pairs = zip(keys, leaves, strict=True)
+    drawn = [0.05 * jax.random.normal(key, one.shape) for key, one in pairs]
     params = jax.tree.unflatten(tree, drawn)
     compiled = jax.jit(both if backward else forward).lower(params, x).compile()
     return functools.partial(compiled, params, x), compiled.memory_analysis().temp_size_in_bytes

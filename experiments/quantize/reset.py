@@ -178,7 +178,8 @@ class Reasoning(Trial):
 
     def measure(self, *, seed: int) -> Measured:
         """Accuracy, distinct thoughts among the samples, and the histogram of entropies."""
-        task, view, processor = thinking.WORDING, self._view(seed), self.processor
+        task, processor = thinking.WORDING, self.processor
+        view = _view(self.weights, self.activations, seed)
         if isinstance(processor, ReSET):
             five = [problem.prompt for problem in task.problems(seed=(2, seed), count=5)]
             drawn = _written(view, Temperature(value=0.6), five, seed)
@@ -205,15 +206,18 @@ class Reasoning(Trial):
             figures["answers/threshold"] = processor.threshold
         return Measured(figures=figures, costs={"tokens": written.tokens.size})
 
-    def _view(self, seed: int) -> View:
-        trained = thinking.thinker(thinking.WORDING, seed)
-        model, params = unrolled(trained.model, trained.params)
-        whole = View(model=model, params=params)
-        if self.weights:
-            params = Layerwise(quantizer=NVFP4())(model, params).params
-        if self.activations:
-            model = rounded(model, params, tokens=_calibration(whole, seed))
-        return View(model=model, params=params)
+
+@functools.cache
+def _view(weights: bool, activations: bool, seed: int) -> View:
+    """The model of a seed, in few bits."""
+    trained = thinking.thinker(thinking.WORDING, seed)
+    model, params = unrolled(trained.model, trained.params)
+    whole = View(model=model, params=params)
+    if weights:
+        params = Layerwise(quantizer=NVFP4())(model, params).params
+    if activations:
+        model = rounded(model, params, tokens=_calibration(whole, seed))
+    return View(model=model, params=params)
 
 
 def _written(
