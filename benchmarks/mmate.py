@@ -16,7 +16,7 @@ and its gradient  0.48 (0.49)  0.50 (0.50)  0.78 (0.76)
 
 By the clock forward was 0.62, 0.85, 1.45, 0.97 and 1.06, medians 0.61, 1.03, 0.76, 0.86 and 2.08.
 M-MATE projects twice, as each branch does, and scans in both directions: 1.4 million operations a
-token at any length, as many as attention at 1,800 tokens. It keeps three times attention's memory.
+token at any length, as many as attention at 1,800 tokens. It takes three times the temporary memory.
 """
 
 import argparse
