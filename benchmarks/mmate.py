@@ -8,13 +8,14 @@ turns in one process, in float32. Printed are ratios of attention's time over M-
 M-MATE is the faster one. ``--work`` takes the time of all cores in place of the clock's, which a
 busy machine leaves alone.
 
-On two busy CPU cores, width 256 and 4 heads, best (median) of all cores' time:
+On two CPU cores beside other work, width 256 and 4 heads, best (median):
 
 length            512          1024         2048         4096         8192
-forward           0.61 (0.65)  0.85 (1.11)  1.38 (1.38)  1.22 (1.23)  1.97 (2.02)
-and its gradient  0.48 (0.49)  0.50 (0.50)  0.78 (0.76)
+forward           0.61 (0.61)  0.96 (0.91)  1.33 (1.25)  1.25 (1.36)  2.06 (2.09)
+and its gradient  0.50 (0.50)  0.52 (0.50)  0.77 (0.76)  1.50 (1.48)  1.69 (1.72)
 
-By the clock forward was 0.62, 0.85, 1.45, 0.97 and 1.06, medians 0.61, 1.03, 0.76, 0.86 and 2.08.
+Another run had 1.73 (1.85) and 2.96 (2.21) forward at the last two lengths. By all cores' time it
+was 0.61, 0.85, 1.38, 1.22 and 1.97 forward, and 0.48, 0.50 and 0.78 with the gradient.
 M-MATE projects twice, as each branch does, and scans in both directions: 1.4 million operations a
 token at any length, as many as attention at 1,800 tokens. It takes three times the temporary memory.
 """
