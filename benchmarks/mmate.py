@@ -17,7 +17,8 @@ and its gradient  0.50 (0.50)  0.52 (0.50)  0.77 (0.76)  1.50 (1.48)  1.69 (1.72
 Another run had 1.73 (1.85) and 2.96 (2.21) forward at the last two lengths. By all cores' time it
 was 0.61, 0.85, 1.38, 1.22 and 1.97 forward, and 0.48, 0.50 and 0.78 with the gradient.
 M-MATE projects twice, as each branch does, and scans in both directions: 1.4 million operations a
-token at any length, as many as attention at 1,800 tokens. It takes three times the temporary memory.
+token at any length, as many as attention at 1,800 tokens. Its temporary memory is three times as
+large.
 """
 
 import argparse
