@@ -23,20 +23,27 @@ class Timing:
     median: float
 
 
-def in_turn(functions: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str, Timing]:
+def in_turn(
+    functions: Mapping[Any, Callable[[], Any]],
+    *,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Any, Timing]:
     """Runs all functions once per round, so that a slow spell of the machine hits every one.
 
     Args:
         functions: name to a function of no arguments that returns arrays.
         repeats: rounds that count; one more, for compilation and caches, does not.
+        clock: what tells the time; ``time.process_time`` counts the work of all cores, and nothing
+            of what other processes take.
     """
     seconds = {name: [] for name in functions}
     for counted in range(repeats + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(function())
             if counted:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {
         name: Timing(best=min(runs), median=statistics.median(runs))
         for name, runs in seconds.items()

@@ -18,6 +18,10 @@ Expected: of the ten answers the student gets 0.67 right where the teacher gets 
           the video, those of the teacher do. But it is 0.12 behind the teacher and not within 0.05,
           and three stages are no better than one of as many steps (0.67 against 0.69); so too
           after 240 steps of 32 rows at half the rate (0.10 behind; 0.69 against 0.70, one seed).
+          On CPU cores (``benchmarks.mmate``, width 256) the block is slower than attention in
+          blocks up to some 1,000 tokens, 1.3 times as fast at 2,048 and twice at 8,192; with its
+          gradient it is slower up to 2,048 and 1.7 times as fast at 8,192. The paper has 2.7 and 9
+          at minutes of video, which is longer.
 """
 
 import dataclasses

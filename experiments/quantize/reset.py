@@ -6,25 +6,27 @@ some nats below. Logits carry noise, as quantisation leaves it. The threshold is
 takes: the 80th percentile of entropies over five calibration problems. A quarter of the tokens are
 branches; in the ``rare`` arms one in twelve is.
 
-And on a small decoder that was trained to work through arithmetic, with NVFP4 weights (activations
-stay as they are): a step of its thoughts opens with one of four words of the same meaning, where
-steps end here in place of blank lines. Its threshold is calibrated likewise, on what it draws at
-0.6. A model of each seed.
+And on a small decoder that was trained to work through arithmetic, with weights and activations in
+NVFP4, in the ``weights`` arms only the former: a step of its thoughts opens with one of four words
+of the same meaning, where steps end here in place of blank lines. Its threshold is calibrated
+likewise, on what it draws at 0.6, and the tensor scales of its activations on 64 problems. A model
+of each seed.
 
 Paper:    Lee, Lee, Yoo, et al., "ReSET: Accurate Latency-Critical NVFP4 Reasoning via Step-Aware
           Temperature Scaling", 2026, arXiv:2606.13233.
 Command:  python -m tokenlab study experiments/quantize/reset.py
-Hardware: one CPU core, five minutes, and six more for the models of ``swi_reasoning.py``.
-Expected: ReSET has 99 % of the traces right, a temperature of 0.6 has 76 % and of 1.0 has 7 %; all
-          eight answers to a problem differ, where a temperature of 0.1 gives 5.5. Where branches
+Hardware: two CPU cores, about six minutes, and four more for the models of ``swi_reasoning.py``.
+Expected: ReSET has 99 % of the traces right, a temperature of 0.6 has 76 % and of 1.0 has 8 %; all
+          eight answers to a problem differ, where a temperature of 0.1 gives 5.4. Where branches
           are rare it loses: the percentile falls among the symbols, so that the least certain of
-          them are drawn at a temperature of 1, and 38 % of the traces are right against 73 %.
-          The decoder has 0.937 of its answers right at 0.6 and 0.901 in NVFP4; there ReSET has
-          0.938, 1.0 has 0.792 and 0.1 has 0.943. In each of the three models NVFP4 loses, and ReSET
-          is above 0.6 and 1.0; but models differ by more than that, so that only the last is
-          bounded: no more than 0.02 behind 0.1, at which 7.1 of eight samples still differ (7.3
-          with ReSET). Entropies from 0.5 to 1 nat are more common in NVFP4: 0.05 of the tokens
-          against 0.03.
+          them are drawn at a temperature of 1, and 37 % of the traces are right against 73 %.
+          The decoder has 0.859 of its answers right at 0.6 (0.99 to 0.49 by model), with weights in
+          NVFP4 0.831 and with both 0.747, a loss of 0.11 (0.05 to 0.17 over five models). There
+          ReSET has 0.785: above 0.6 by 0.038 (0.020 to 0.056), above 1.0 by 0.14 (0.09 to 0.19),
+          and 0.008 (-0.003 to 0.019) behind 0.1, the best fixed one, at which 7.2 of eight samples
+          still differ (7.4 with ReSET). Entropies from 0.5 to 1 nat are more common in few bits:
+          0.07 of the tokens against 0.04. With weights alone and three models the same arms did
+          not tell the loss (0.036, -0.06 to 0.14) nor the gain over 0.6 (0.037, -0.03 to 0.10).
 """
 
 import dataclasses
@@ -178,7 +180,8 @@ class Reasoning(Trial):
 
     def measure(self, *, seed: int) -> Measured:
         """Accuracy, distinct thoughts among the samples, and the histogram of entropies."""
-        task, view, processor = thinking.WORDING, self._view(seed), self.processor
+        task, processor = thinking.WORDING, self.processor
+        view = _view(self.weights, self.activations, seed)
         if isinstance(processor, ReSET):
             five = [problem.prompt for problem in task.problems(seed=(2, seed), count=5)]
             drawn = _written(view, Temperature(value=0.6), five, seed)
@@ -205,15 +208,18 @@ class Reasoning(Trial):
             figures["answers/threshold"] = processor.threshold
         return Measured(figures=figures, costs={"tokens": written.tokens.size})
 
-    def _view(self, seed: int) -> View:
-        trained = thinking.thinker(thinking.WORDING, seed)
-        model, params = unrolled(trained.model, trained.params)
-        whole = View(model=model, params=params)
-        if self.weights:
-            params = Layerwise(quantizer=NVFP4())(model, params).params
-        if self.activations:
-            model = rounded(model, params, tokens=_calibration(whole, seed))
-        return View(model=model, params=params)
+
+@functools.cache
+def _view(weights: bool, activations: bool, seed: int) -> View:
+    """The model of a seed, in few bits."""
+    trained = thinking.thinker(thinking.WORDING, seed)
+    model, params = unrolled(trained.model, trained.params)
+    whole = View(model=model, params=params)
+    if weights:
+        params = Layerwise(quantizer=NVFP4())(model, params).params
+    if activations:
+        model = rounded(model, params, tokens=_calibration(whole, seed))
+    return View(model=model, params=params)
 
 
 def _written(
@@ -226,12 +232,13 @@ def _written(
     return decoder(view, prompts, key=jax.random.key(seed))
 
 
-def _calibration(view: View, seed: int) -> Int[np.ndarray, "P T"]:
+def _calibration(view: View, seed: int) -> Int[Array, "P T"]:
     """Problems with what the model wrote before it was quantised, as long as the shortest."""
     problems = thinking.WORDING.problems(seed=(3, seed), count=CALIBRATION)
     prompts = [problem.prompt for problem in problems]
     written = _written(view, Temperature(value=0.6), prompts, seed)
-    return np.concatenate([prompts, written.tokens[:, : written.lengths.min()]], axis=1)
+    tokens = np.concatenate([prompts, written.tokens[:, : written.lengths.min()]], axis=1)
+    return jnp.asarray(tokens)
 
 
 def _entropies(

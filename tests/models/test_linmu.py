@@ -28,8 +28,10 @@ from tokenlab.models import (
     LowRank,
     RMSNorm,
     Window,
+    grid,
     linmu,
     llama,
+    local_windows,
     with_teacher,
 )
 from tokenlab.models.grid import AXES
@@ -218,6 +220,25 @@ def test_gradients_are_finite_where_nothing_is_valid(params):
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     assert float(value) == 0
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_gradients_by_gathers_are_those_by_scatters(monkeypatch, params, shifted):
+    """Three documents, two with a span, text before and behind them, and padding."""
+    arrays, block = rows([27, 9, 28], 70, [26, 5, 27]), BLOCK.clone(shifted=shifted)
+    weight = jax.random.normal(jax.random.key(4), arrays["x"].shape)
+
+    def gradients():
+        def loss(params, x):
+            return jnp.sum(run(block, params, **arrays | {"x": x})[0] * weight)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, arrays["x"])
+
+    ours = gradients()
+    for module in (grid, local_windows):
+        monkeypatch.setattr(module, "exchanged", module.exchanged.__wrapped__)
+    for one, other in zip(*map(jax.tree.leaves, (ours, gradients())), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(other).max()))
 
 
 def test_query_and_key_norms_of_the_teacher_are_taken():

@@ -78,16 +78,18 @@ def ssd(
     if state is None:
         state = jnp.zeros((batch, *row.b.shape[2:], row.x.shape[-1]), jnp.float32)
     runs = jnp.cumsum(row.starts, axis=1)
+    # Heads before tokens, once for all chunks: their products need no transposition.
     chunks = tuple(
-        jnp.moveaxis(each.reshape(batch, -1, chunk, *each.shape[2:]), 1, 0)
-        for each in (*row[:4], runs)
+        jnp.moveaxis(each.reshape(batch, -1, chunk, *each.shape[2:]), (1, 3), (0, 2))
+        for each in row[:4]
     )
+    chunks += (jnp.moveaxis(runs.reshape(batch, -1, chunk), 1, 0),)
     first = (state.astype(jnp.float32), jnp.zeros((batch,), runs.dtype))
     if length <= chunk:  # without a loop, which takes long to compile
         (state, _), y = _chunk(first, tuple(each[0] for each in chunks))
-        return y, state
+        return jnp.swapaxes(y, 1, 2), state
     (state, _), y = jax.lax.scan(_chunk, first, chunks)
-    y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, *y.shape[3:])
+    y = jnp.moveaxis(y, (0, 2), (1, 3)).reshape(batch, -1, *first[0].shape[1::2])
     return y[:, :length], state
 
 
@@ -95,22 +97,21 @@ def _chunk(carry: tuple[Array, Array], parts: tuple[Array, ...]) -> tuple[tuple,
     """One chunk; ``runs`` says which tokens share a state, with each other and with the past."""
     state, run = carry
     c, b, x, log_decay, runs = parts
-    total = jnp.cumsum(log_decay, axis=1)
-    scores = jnp.einsum("bihn,bjhn->bhij", c, b) * _decays(total, runs)
-    inherits = (runs == run[:, None])[..., None]
+    total = jnp.cumsum(log_decay, axis=2)
+    scores = jnp.einsum("bhin,bhjn->bhij", c, b) * _decays(total, runs)
+    inherits = (runs == run[:, None])[:, None]
     carried = jnp.where(inherits, jnp.exp(total), 0.0)
-    y = jnp.einsum("bhij,bjhp->bihp", scores, x)
-    y += carried[..., None] * jnp.einsum("bihn,bhnp->bihp", c, state)
-    stays = (runs == runs[:, -1:])[..., None]
-    left = jnp.where(stays, jnp.exp(total[:, -1:] - total), 0.0)
-    state = carried[:, -1, :, None, None] * state
-    state += jnp.einsum("bjhn,bjhp->bhnp", b * left[..., None], x)
+    y = jnp.einsum("bhij,bhjp->bhip", scores, x)
+    y += carried[..., None] * jnp.einsum("bhin,bhnp->bhip", c, state)
+    stays = (runs == runs[:, -1:])[:, None]
+    left = jnp.where(stays, jnp.exp(total[:, :, -1:] - total), 0.0)
+    state = carried[:, :, -1, None, None] * state
+    state += jnp.einsum("bhjn,bhjp->bhnp", b * left[..., None], x)
     return (state, runs[:, -1]), y
 
 
-def _decays(total: Float[Array, "B T H"], runs: Array) -> Float[Array, "B H T T"]:
+def _decays(total: Float[Array, "B H T"], runs: Array) -> Float[Array, "B H T T"]:
     """``L_ij = exp(total_i - total_j)`` where j is at or before i in the same run, else 0."""
-    total = jnp.moveaxis(total, 1, 2)
     seen = jnp.tril(jnp.ones((runs.shape[1],) * 2, bool))
     seen = seen[None] & (runs[:, :, None] == runs[:, None, :])
     difference = total[..., :, None] - total[..., None, :]
@@ -124,7 +125,8 @@ def _padded(x: Array, count: int) -> Array:
 def quadratic_ssd(row: Scanned) -> Float[Array, "B T H P"]:
     """:func:`ssd` as one masked product over whole rows: the dual, for reference."""
     row = row.prepared()
-    decays = _decays(jnp.cumsum(row.log_decay, axis=1), jnp.cumsum(row.starts, axis=1))
+    total = jnp.moveaxis(jnp.cumsum(row.log_decay, axis=1), 1, 2)
+    decays = _decays(total, jnp.cumsum(row.starts, axis=1))
     scores = jnp.einsum("bihn,bjhn->bhij", row.c, row.b) * decays
     return jnp.einsum("bhij,bjhp->bihp", scores, row.x)
 

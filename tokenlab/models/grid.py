@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -119,9 +120,13 @@ class Grid:
             positions: position of each token in its document.
         """
         patch = jnp.where(vision, positions - self.start, 0)
-        moved = jnp.take(jnp.asarray(places), patch) - patch
-        index = jnp.arange(x.shape[1])[None] + jnp.where(vision, moved, 0)
-        return jnp.take_along_axis(x, index[..., None], axis=1)
+
+        def index(places: Int[np.ndarray, " N"]) -> Int[Array, "B T"]:
+            moved = jnp.take(jnp.asarray(places), patch) - patch
+            return jnp.arange(x.shape[1])[None] + jnp.where(vision, moved, 0)
+
+        every = jnp.ones(vision.shape, bool)
+        return exchanged(x, index(places), every, index(np.argsort(places)), every)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,3 +151,32 @@ class Window:
     def shape(self) -> tuple[int, int, int]:
         """Frames, rows, columns."""
         return self.frames, self.height, self.width
+
+
+@jax.custom_vjp
+def exchanged(
+    x: Float[Array, "B T D"],
+    index: Int[Array, "B N"],
+    there: Bool[Array, "B N"],
+    back: Int[Array, "B T"],
+    came: Bool[Array, "B T"],
+) -> Float[Array, "B N D"]:
+    """Places that take one token each, by ``index`` where ``there``, else zero.
+
+    Tokens that ``came`` are at ``back``, so that the gradient is a gather too; a scatter, which it
+    would be otherwise, is slow.
+    """
+    del back, came
+    return jnp.where(there[..., None], jnp.take_along_axis(x, index[..., None], axis=1), 0)
+
+
+def _exchanged(x: Array, *places: Array) -> tuple[Array, tuple[Array, ...]]:
+    return exchanged(x, *places), places
+
+
+def _exchanged_back(places: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
+    index, there, back, came = places
+    return exchanged(cotangent, back, came, index, there), None, None, None, None
+
+
+exchanged.defvjp(_exchanged, _exchanged_back)

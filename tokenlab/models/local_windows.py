@@ -9,7 +9,7 @@ from flax import linen as nn
 from kernels_pallas.block_sparse_attention import Bidirectional
 from tokenlab.core.arrays import Array, Bool, Hidden, Positions
 from tokenlab.models.attention import Attention
-from tokenlab.models.grid import Grid, Window
+from tokenlab.models.grid import Grid, Window, exchanged
 
 
 class LocalWindows(nn.Module):
@@ -51,8 +51,8 @@ class LocalWindows(nn.Module):
         def windows(each: Array) -> Array:
             return each.reshape(batch * rows, size, *each.shape[2:])
 
-        picked = jnp.take_along_axis(x, index[..., None], axis=1)
-        picked = jnp.where(inside.reshape(batch, -1, 1), picked, 0)
+        patches = index, inside.reshape(batch, -1)
+        picked = exchanged(x, *patches, place, vision)
         attention = self.attention.copy(
             parent=self, name="softmax", rule=Bidirectional(), prefill=None
         )
@@ -61,8 +61,7 @@ class LocalWindows(nn.Module):
             positions=windows(jnp.take_along_axis(positions, index, axis=1)),
             segments=inside.reshape(batch * rows, size).astype(jnp.int32),
         )
-        out = jnp.take_along_axis(out.reshape(batch, -1, dim), place[..., None], axis=1)
-        return jnp.where(vision[..., None], out, 0)
+        return exchanged(out.reshape(batch, -1, dim), place, vision, *patches)
 
     def _gathered(
         self, positions: Positions, vision: Bool[Array, "B T"]
