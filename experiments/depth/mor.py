@@ -60,6 +60,7 @@ def config() -> Experiment:
             num_heads=4,
             num_kv_heads=2,
             hidden_dim=384,
+            # With warmup=Fraction(of_run=0.2) capacities would fall from 1 by a cosine.
             depth=MixtureOfRecursions(recursions=3),
         ),
         objective=Objective(

@@ -51,7 +51,7 @@ from tokenlab.routing import LearnedOption, OptionRouter, RandomOption
 from tokenlab.study import Bound, Claim, Measured, Study, Trial
 from tokenlab.study.trained import continued, trained
 from tokenlab.tokenizers import ByteTokenizer
-from tokenlab.train.optimizer import SGD, AdamW, Constant, Group, WarmupStableDecay
+from tokenlab.train.optimizer import AdamW, WarmupStableDecay, cooling
 from tokenlab.train.run import Run
 
 TEXT = PackedText(corpus=TfdsCorpus(name="english_prose"), length=64)
@@ -94,7 +94,6 @@ def config() -> Experiment:
 
 def routed() -> Experiment:
     """The third stage: routers alone, whose temperature falls from 1."""
-    fall = SGD(learning_rate=Constant(peak=(1.0 - COOLEST) / (0.8 * ROUTER_STEPS)))
     terms = {
         "next_token": NEXT_TOKEN,
         "budget": BudgetPenalty(budget=BUDGET, distance="squared"),
@@ -103,7 +102,7 @@ def routed() -> Experiment:
     optimizer = AdamW(
         learning_rate=WarmupStableDecay(peak=1e-2),
         trained=("*/routing/scores/*",),
-        groups=(Group(parameters=("*/routing/temperature",), optimizer=fall),),
+        groups=(cooling(hottest=1.0, coolest=COOLEST, steps=ROUTER_STEPS),),
     )
     return configs.replace(
         config(),

@@ -17,12 +17,14 @@ from tokenlab.depth import Sequential
 from tokenlab.interop import load_pretrained, save_pretrained
 from tokenlab.models import (
     ADAPTERS,
+    Forecaster,
     LowRank,
     adapted,
     llama,
     merged,
     unrolled,
     with_adapter,
+    with_stand_ins,
 )
 from tokenlab.models.adapters import drawn
 from tokenlab.models.layers import Linear
@@ -102,6 +104,21 @@ def test_the_function_is_the_same_at_the_start_and_after_merging(scan):
         merged_flat = merged(flat, layers)[1]
         again = unrolled(plain, weights)[1]
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), merged_flat, again)
+
+
+def test_units_that_have_stand_ins_are_adapted_themselves_and_merged():
+    base = with_stand_ins(model(), mixer=(None,), feedforward=(Forecaster(rank=2),))
+    params = drawn(base, jax.random.key(0))
+    network, first = adapted(base, params, LowRank(rank=3), key=jax.random.key(1))
+    np.testing.assert_array_equal(hidden(network, first), hidden(base, params))
+    names = {name for name in named(first) if "/adapter/" in name}
+    assert len(names) == 2 * 2 * 7 and all("/unit/" in name for name in names)
+    trained = moved(first)
+    plain, weights = merged(network, trained)
+    assert plain == base and named(weights).keys() == named(params).keys()
+    np.testing.assert_allclose(
+        hidden(plain, weights), hidden(network, trained), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_targets_say_which_projections_have_adapters_and_what_they_cost():

@@ -14,6 +14,8 @@ from tokenlab.core.errors import UserError
 from tokenlab.data import PaddedText
 from tokenlab.study import Bound, Claim, Measured, Study, Trial, interval, run_study
 from tokenlab.study.study import read_record, tables
+from tokenlab.study.trained import FineTuned
+from tokenlab.train.optimizer import Constant
 
 
 @pytest.fixture
@@ -219,3 +221,20 @@ def test_trials_are_measured_once_and_judged(tmp_path):
 def test_trials_that_cannot_be_judged_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         run(drawn(**changes), tmp_path)
+
+
+def test_fine_tuning_begins_where_the_base_of_the_seed_ended(tiny, tmp_path, monkeypatch):
+    """At a rate of nothing it stays there; the base is trained once for both arms."""
+    monkeypatch.setattr("tokenlab.study.trained.cache_dir", lambda: tmp_path)
+    base = config.replace(tiny, {"steps": 3, "checkpoint.best_metric": None})
+    rate = {"optimizer.learning_rate": Constant(peak=0.0), "steps": 1}
+    arms = [FineTuned(base=base, experiment=config.replace(base, changes))
+            for changes in (rate, {"steps": 2})]  # fmt: skip
+    still, moved = (arm.measure(seed=1) for arm in arms)
+    (folder,) = (tmp_path / "trained").iterdir()
+    ended = json.loads((folder / "evals.jsonl").read_text().splitlines()[-1])["evals"]
+    assert still.figures["held_out/bits_per_byte"] == pytest.approx(
+        ended["held_out"]["bits_per_byte"], rel=1e-6
+    )
+    assert moved.figures["held_out/bits_per_byte"] < still.figures["held_out/bits_per_byte"]
+    assert (still.costs["passes"], moved.costs["passes"]) == (1, 2)

@@ -1,6 +1,6 @@
 """Documents and how they become batches."""
 
-from tokenlab.data.base import Batch, Corpus, Document, Source
+from tokenlab.data.base import Batch, Corpus, Document, Source, first_rows
 from tokenlab.data.corpora import JsonLines, TextFiles, TfdsCorpus
 from tokenlab.data.mixture import Mixture
 from tokenlab.data.packing import PackedText, PaddedText
@@ -18,4 +18,5 @@ __all__ = [
     "TaskSource",
     "TextFiles",
     "TfdsCorpus",
+    "first_rows",
 ]

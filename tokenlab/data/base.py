@@ -109,3 +109,16 @@ class OnPolicy(Source):
         Returns:
             The batch that the objective sees, and what the passes of the policy cost.
         """
+
+
+def first_rows(source: Source, *, tokenizer: Tokenizer, batch_size: int, seed: int) -> Batch:
+    """The first batch of a source, without the numbers of documents, as models are given it.
+
+    Args:
+        source: where rows come from.
+        tokenizer: encodes the documents.
+        batch_size: rows.
+        seed: order of the documents.
+    """
+    rows = next(iter(source.batches(tokenizer=tokenizer, batch_size=batch_size, seed=seed)))
+    return {name: each for name, each in rows.items() if name != "documents"}

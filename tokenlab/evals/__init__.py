@@ -15,6 +15,7 @@ from tokenlab.evals.routes import (
     pattern_nats,
     random_routes,
 )
+from tokenlab.evals.shares import RoutedPass, at_share, routed_pass
 from tokenlab.evals.task import TaskAccuracy
 from tokenlab.evals.text import HeldOutText, token_nats, windows
 
@@ -30,8 +31,10 @@ __all__ = [
     "ObjectiveValue",
     "PlanReadBack",
     "RoleAccuracy",
+    "RoutedPass",
     "TaskAccuracy",
     "all_patterns",
+    "at_share",
     "best_by_budget",
     "class_probe",
     "depth_fit",
@@ -40,6 +43,7 @@ __all__ = [
     "pattern_nats",
     "probed",
     "random_routes",
+    "routed_pass",
     "token_depth",
     "token_nats",
     "windows",

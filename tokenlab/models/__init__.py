@@ -16,7 +16,7 @@ from tokenlab.models.expert_schedules import (
 )
 from tokenlab.models.experts import MixtureOfExperts
 from tokenlab.models.flex_ma import FlexMA
-from tokenlab.models.forecasters import fit_forecasters, reduced_rank
+from tokenlab.models.forecasters import fit_forecasters, reduced_rank, with_forecasters
 from tokenlab.models.grid import Grid, Window
 from tokenlab.models.heads import Head, LinearHead, TiedHead, VQHead
 from tokenlab.models.informativeness import (
@@ -144,6 +144,7 @@ __all__ = [
     "with_adapter",
     "with_base",
     "with_expert_schedule",
+    "with_forecasters",
     "with_stand_ins",
     "with_teacher",
 ]

@@ -48,11 +48,15 @@ def adapted(
 def with_adapter(model: Transformer, adapter: LowRank | None) -> Transformer:
     """The model with ``adapter`` in all its layers, or without adapters.
 
+    Of units that have stand-ins, the units themselves.
+
     Raises:
         UserError: a target names no projection of the model.
     """
 
     def part(layer: Any) -> Any:
+        if hasattr(layer, "unit"):
+            return layer.clone(unit=part(layer.unit))
         return layer.clone(adapter=adapter) if hasattr(layer, "adapter") else layer
 
     def block(kind: Block) -> Block:
@@ -95,7 +99,8 @@ def merged(model: Transformer, params: PyTree) -> tuple[Transformer, PyTree]:
             return kernel
         layer, part = name.split("/")[:2]
         number = int(layer.removeprefix("block").removeprefix("_") or 0)
-        adapter = getattr(kinds[number % len(kinds)], part).adapter
+        unit = getattr(kinds[number % len(kinds)], part)
+        adapter = getattr(unit, "unit", unit).adapter
         a, b = (given[f"{stem}/{side}/kernel"] for side in "ab")
         change = jnp.einsum("...dr,...rf->...df", a, b, precision=jax.lax.Precision.HIGHEST)
         return (kernel + adapter.alpha / adapter.rank * change).astype(kernel.dtype)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from tokenlab.core.arrays import Array, Float, Int
+from tokenlab.core.arrays import Array, Float, Int, PRNGKeyArray
 from tokenlab.core.errors import UserError
-from tokenlab.models.routed import Unit, given_options, units
+from tokenlab.models.routed import Unit, given_options, units, with_base, with_stand_ins
 from tokenlab.models.stand_ins import Forecaster
 from tokenlab.models.transformer import Transformer
 
@@ -109,6 +109,28 @@ def fit_forecasters(
         part = layers[name][unit.part] | {"stand_in_0": kernels}
         layers[name] = layers[name] | {unit.part: part}
     return layers
+
+
+def with_forecasters(
+    model: Transformer,
+    params: PyTree,
+    rows: Int[Array, "N T"] | Int[np.ndarray, "N T"],
+    *,
+    rank: int,
+    key: PRNGKeyArray,
+) -> tuple[Transformer, PyTree]:
+    """The same function, with a forecaster of every unit that is fitted and not used.
+
+    Args:
+        model: without stand-ins, with unrolled layers.
+        params: its parameters, which are copied.
+        rows: as of :func:`fit_forecasters`.
+        rank: of the forecasters.
+        key: of what is drawn and then fitted.
+    """
+    parts = (Forecaster(rank=rank),)
+    whole = with_stand_ins(model, mixer=parts, feedforward=parts)
+    return whole, fit_forecasters(whole, with_base(whole, params, key=key), rows)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -166,12 +166,7 @@ def _trained(experiment: Experiment, seed: int, folder: pathlib.Path, console: C
     outcome = train(config.replace(experiment, {"seed": seed}), folder, console=console)
     if not outcome.finished:
         raise KeyboardInterrupt
-    figures = {
-        f"{evaluation}/{figure}": value
-        for evaluation, values in outcome.evals.items()
-        for figure, value in values.items()
-    }
-    return Measured(figures=figures, costs=outcome.ledger)
+    return Measured.of(outcome.evals, outcome.ledger)
 
 
 def _tried(trial: Trial, seed: int, folder: pathlib.Path, console: Console) -> Measured:

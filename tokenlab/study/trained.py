@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
+import tempfile
 from collections.abc import Iterator
 
 from jaxtyping import PyTree
@@ -13,6 +16,7 @@ from tokenlab.core.errors import UserError
 from tokenlab.data.base import Batch
 from tokenlab.data.fetch import cache_dir
 from tokenlab.experiment import Experiment
+from tokenlab.study.trial import Measured, Trial
 from tokenlab.tokenizers.base import Tokenizer
 from tokenlab.train.loop import train
 from tokenlab.train.run import Run, open_run
@@ -47,3 +51,35 @@ def continued(run: Run, params: PyTree, batches: Iterator[Batch]) -> PyTree:
     for after, _ in run.steps(state, batches=batches):
         state = after
     return state.params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuned(Trial):
+    """An experiment that goes on from the parameters which another one ends with.
+
+    Attributes:
+        base: trained once for each seed, whatever arms go on from it.
+        experiment: with the same parameters; its rows are drawn from ``seed + 1000``.
+    """
+
+    base: Experiment
+    experiment: Experiment
+
+    def measure(self, *, seed: int) -> Measured:
+        """Its evaluations, and the ledger of its own steps.
+
+        Raises:
+            UserError: a run was interrupted.
+        """
+        begun, _ = trained(config.replace(self.base, {"seed": seed}))
+        experiment = config.replace(self.experiment, {"seed": seed + 1000})
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = train(
+                experiment,
+                pathlib.Path(folder) / "run",
+                console=Console(quiet=True),
+                params=begun.params,
+            )
+        if not outcome.finished:
+            raise UserError(f"{experiment.name} was interrupted; start the study again")
+        return Measured.of(outcome.evals, outcome.ledger)

@@ -19,6 +19,16 @@ class Measured:
     figures: Mapping[str, float]
     costs: Mapping[str, float]
 
+    @classmethod
+    def of(cls, evals: Mapping[str, Mapping[str, float]], ledger: Mapping[str, float]) -> Measured:
+        """Of a run of training, by what its evaluations found."""
+        figures = {
+            f"{evaluation}/{figure}": value
+            for evaluation, values in evals.items()
+            for figure, value in values.items()
+        }
+        return cls(figures=figures, costs=ledger)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial(abc.ABC):

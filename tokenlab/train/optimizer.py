@@ -261,6 +261,21 @@ class SGD(Optimizer):
         return optax.chain(_clip(self.clip_norm), sized, optax.scale_by_learning_rate(schedule))
 
 
+def cooling(*, hottest: float, coolest: float, steps: int) -> Group:
+    """What takes the temperature of ``LearnedOption(temperature=hottest, coolest=...)`` down.
+
+    It falls evenly over the first four fifths of the run. The objective needs
+    ``AuxiliaryTerm(name="temperature")``.
+
+    Args:
+        hottest: what it starts from.
+        coolest: what it ends at.
+        steps: of the run.
+    """
+    fall = SGD(learning_rate=Constant(peak=(hottest - coolest) / (0.8 * steps)))
+    return Group(parameters=("*/routing/temperature",), optimizer=fall)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Muon(Optimizer):
     """Momentum made orthogonal by Newton-Schulz on hidden matrices, AdamW on the rest.
