@@ -214,8 +214,10 @@ def test_the_scores_of_a_layer_are_those_of_its_turned_queries_and_keys():
         axis=0
     )
     best = np.sort(np.argsort(-scores)[:2])
-    kept = np.asarray(reported(part, params, x, where)["kept"])[0]
+    found = reported(part, params, x, where)
+    kept, pooled = (np.asarray(found[name])[0] for name in ("kept", "pooled"))
     assert np.flatnonzero(kept[::BLOCK]).tolist() == best.tolist()
+    np.testing.assert_allclose(pooled, np.repeat(scores, BLOCK), rtol=1e-5)
 
 
 def gated(part, params, x):

@@ -13,7 +13,17 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from tokenlab.core.arrays import Array, Bool, Hidden, Int, Positions, Prompt, Scalar, Segments
+from tokenlab.core.arrays import (
+    Array,
+    Bool,
+    Float,
+    Hidden,
+    Int,
+    Positions,
+    Prompt,
+    Scalar,
+    Segments,
+)
 from tokenlab.core.errors import UserError
 from tokenlab.core.reports import REPORTS, report
 from tokenlab.depth import Sequential
@@ -40,8 +50,9 @@ class TokenDroppingAttention(Attention):
     pass needs of them exist for a dropped token. The choice looks at later tokens: the layer is for
     training, and its causal twin is plain attention on the same parameters.
 
-    It reports the figures ``kept`` and ``informative`` of tokens: those that were kept, and those
-    that ``PooledScores`` would keep; and the loss of its predictor, if it has one.
+    It reports the figures ``kept``, ``informative`` and ``pooled`` of tokens: those that were kept,
+    those that ``PooledScores`` would keep, and by which scores; and its predictor's loss, if it has
+    one.
 
     Reference: Tuowei Wang, Xingyu Chen, Kun Li, Ting Cao, Ju Ren, Yaoxue Zhang, "LeMo: Enabling
     LEss Token Involvement for MOre Context Fine-tuning", 2025, arXiv:2501.09767 (published as
@@ -120,26 +131,28 @@ class TokenDroppingAttention(Attention):
         of = jnp.where(route.valid(), of, 0)
         out, _ = super().__call__(route.gather(x), positions=own, segments=of)
         if self.is_mutable_collection(REPORTS):
-            true = self.kept(jnp.sum(tiles(), axis=1), there=there)
-            self._report(x.shape[-1], kept, self._tokens(true, valid), own, of)
+            pooled = jnp.sum(tiles(), axis=1)
+            figures = {
+                "kept": kept,
+                "informative": self._tokens(self.kept(pooled, there=there), valid),
+                "pooled": jnp.where(valid, self._repeated(pooled, valid), 0.0),
+            }
+            self._report(x.shape[-1], figures, own, of)
         return route.scatter_add(jnp.zeros_like(x), out), None
 
     def _report(
         self,
         dim: int,
-        kept: Bool[Array, "B T"],
-        informative: Bool[Array, "B T"],
+        figures: Mapping[str, Bool[Array, "B T"] | Float[Array, "B T"]],
         positions: Int[Array, "B C"],
         segments: Int[Array, "B C"],
     ) -> None:
         once = (segments > 0)[None]
         pairs = super().pairs(active=once, read=once, positions=positions, segments=segments)
-        tokens = jnp.sum(kept, dtype=jnp.float32)
+        tokens = jnp.sum(figures["kept"], dtype=jnp.float32)
         report(
             self,
-            figures={
-                "kept": kept.astype(jnp.float32), "informative": informative.astype(jnp.float32)
-            },
+            figures={name: each.astype(jnp.float32) for name, each in figures.items()},
             flops=tokens * super().flops(dim) + pairs * self.flops_per_pair(dim),
             pairs=pairs,
         )  # fmt: skip
@@ -150,7 +163,10 @@ class TokenDroppingAttention(Attention):
         return jnp.any(padded.reshape(len(valid), -1, self.block), axis=2)
 
     def _tokens(self, blocks: Bool[Array, "B N"], valid: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
-        return jnp.repeat(blocks, self.block, axis=1)[:, : valid.shape[1]] & valid
+        return self._repeated(blocks, valid) & valid
+
+    def _repeated(self, blocks: Array, valid: Bool[Array, "B T"]) -> Array:
+        return jnp.repeat(blocks, self.block, axis=1)[:, : valid.shape[1]]
 
     @nn.compact
     def _tile_scores(self, x: Hidden, *, positions: Positions, segments: Segments) -> TileScores:

@@ -7,12 +7,14 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
+import jax
 from jaxtyping import PyTree
 from rich.console import Console
 
 from tokenlab import config
 from tokenlab.core.context import View
 from tokenlab.core.errors import UserError
+from tokenlab.core.ledger import Ledger
 from tokenlab.data.base import Batch
 from tokenlab.data.fetch import cache_dir
 from tokenlab.experiment import Experiment
@@ -47,10 +49,15 @@ def continued(run: Run, params: PyTree, batches: Iterator[Batch]) -> PyTree:
         params: what it begins with, which it gives up.
         batches: rows of the steps; a later stage goes on with them.
     """
-    state = run.trainer.init(params)
-    for after, _ in run.steps(state, batches=batches):
-        state = after
-    return state.params
+    return stage(run, params, batches)[0]
+
+
+def stage(run: Run, params: PyTree, batches: Iterator[Batch]) -> tuple[PyTree, Ledger]:
+    """As :func:`continued`, and the ledger of the last step, empty where there is none."""
+    state, ledger = run.trainer.init(params), Ledger()
+    for after, metrics in run.steps(state, batches=batches):
+        state, ledger = after, metrics.ledger
+    return state.params, jax.device_get(ledger)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
