@@ -185,7 +185,6 @@ def study() -> Study:
         question="Can adapters be tuned on the tokens that matter, in less memory?",
         arms={arm: Tuned(arm=arm) for arm in ("LoRA", "LeMo", "random")},
         matched="tuned_tokens",
-        seeds=(0,),
         claims=(
             ours(than="LoRA", metric="held_out/loss", margin=-0.03, relative=True),
             ours(than="random", metric="as_tuned/loss"),
