@@ -55,8 +55,8 @@ class ThoughtRollouts(OnPolicy):
 
     @property
     def tokens_per_row(self) -> int:
-        """Positions of all rollouts of a row."""
-        return self.group * self.source.tokens_per_row
+        """Positions of a row, each of which is thought through ``group`` times."""
+        return self.source.tokens_per_row
 
     @property
     def corpora(self) -> tuple[Corpus, ...]:
@@ -64,8 +64,8 @@ class ThoughtRollouts(OnPolicy):
         return self.source.corpora
 
     def tokens_per_epoch(self, *, tokenizer: Tokenizer) -> int:
-        """As many as the rollouts of the source's epoch have."""
-        return self.group * self.source.tokens_per_epoch(tokenizer=tokenizer)
+        """Those of the source."""
+        return self.source.tokens_per_epoch(tokenizer=tokenizer)
 
     def batches(
         self,

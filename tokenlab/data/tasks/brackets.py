@@ -77,21 +77,19 @@ class Brackets(Task):
         return task_batch(symbols=rows[..., 0], difficulty=rows[..., 1], segment_length=self.length)
 
     def problems(self, *, seed: Seed, count: int) -> list[Problem]:
-        """A word up to one of its closing brackets each."""
-        batch, rng = self.sample(seed=seed, count=count), np.random.default_rng(seed)
-        found = []
-        for tokens, targets, hard in zip(
-            batch.tokens, batch.targets, batch.difficulty, strict=True
-        ):
-            at = int(rng.choice(np.nonzero(hard >= 0)[0]))
-            found.append(
-                Problem(
-                    prompt=tokens[: at + 1].tolist(),
-                    answer=[int(targets[at])],
-                    difficulty=int(hard[at]),
-                )
+        """A word up to the last of its closing brackets each."""
+        batch = self.sample(seed=seed, count=count)
+        at = self.length - 1 - np.argmax(batch.weights[:, ::-1] > 0, axis=1)
+        return [
+            Problem(
+                prompt=tokens[: place + 1].tolist(),
+                answer=[int(targets[place])],
+                difficulty=int(hard[place]),
             )
-        return found
+            for place, tokens, targets, hard in zip(
+                at, batch.tokens, batch.targets, batch.difficulty, strict=True
+            )
+        ]
 
     def check(self, *, prompt: Sequence[int], completion: Sequence[int]) -> bool:
         """Keeps the brackets of the prompt that are open."""
