@@ -4,6 +4,7 @@ Four digits, each with a sign; the answer is the least total that is not negativ
 thinks three partial sums and answers. Supervised by the shares of all sixteen traces and fed the
 mixtures, it is compared with a discrete chain of thought: the same model, rows and steps, one trace
 supervised, one token fed. Digits are held out by multiset, so that no permutation is on both sides.
+The second stage, rewards for answers, is ``cot2_policy.py``.
 
 Paper:    Gozeten, Ildiz, Zhang, Harutyunyan, Rawat, Oymak, "Continuous Chain of Thought Enables
           Parallel Exploration and Reasoning", 2025, arXiv:2505.23648
