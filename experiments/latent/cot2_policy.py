@@ -9,11 +9,11 @@ Paper:    Gozeten, Ildiz, Zhang, Harutyunyan, Rawat, Oymak, "Continuous Chain of
           Parallel Exploration and Reasoning", 2025, arXiv:2505.23648
 Command:  python -m tokenlab study experiments/latent/cot2_policy.py
 Hardware: two CPU cores, busy: half an hour.
-Expected: rewards improve what they are given for. Where means of three drawn tokens are fed, 0.16 of
-          the held-out answers are right before, 0.42 behind 300 steps of rewards (higher by 0.26,
-          0.17 to 0.35), 0.23 behind more supervision. Where the expected mixture is fed, which was
-          not rewarded, they harm: 0.64 before, 0.46 behind (lower by 0.19, 0.06 to 0.31), 0.80
-          behind more supervision. So the second of the two claims does not hold. Five seeds.
+Expected: rewards improve what they are given for. Where means of three drawn tokens are fed, 0.16
+          of the held-out answers are right before, 0.42 behind 300 steps of rewards (higher by
+          0.26, 0.17 to 0.35), 0.23 behind more supervision. Where the expected mixture is fed,
+          which was not rewarded, they harm: 0.64 before, 0.46 behind (lower by 0.19, 0.06 to 0.31),
+          0.80 behind more supervision. So the second of two claims does not hold. Five seeds.
 """
 
 import dataclasses

@@ -10,13 +10,13 @@ Paper:    Zelikman, Harik, Shao, Jayasiri, Haber, Goodman, "Quiet-STaR: Language
           Themselves to Think Before Speaking", 2024, arXiv:2403.09629
 Command:  python -m tokenlab study experiments/latent/quiet_star.py
 Hardware: two CPU cores, a quarter of an hour on a busy machine.
-Expected: does not hold. Behind 1500 steps of 8 rows hard tokens cost 1.716 nats with thoughts, 1.712
-          without reinforcement, 1.709 with pauses and 1.705 without a thought (reinforced thoughts
-          are worse by 0.011, 0.005 to 0.017); at first 1.694, and no arm gains on that. Rewards
-          are 0.0001 (-0.0010 to 0.0012), though 0.07 of the thought is mixed in. The first setting,
-          600 steps of 16 rows at half the rate: 1.677, 1.678, 1.674 and 1.672, no two of which
-          differ; rewards of 0.0001 (-0.0008 to 0.0010), 0.04 of the thought. Three seeds each. On
-          longer rows (55 tokens), 200 steps moved nothing either (one seed).
+Expected: does not hold. Behind 1500 steps of 8 rows hard tokens cost 1.716 nats with thoughts,
+          1.712 without reinforcement, 1.709 with pauses and 1.705 without a thought (reinforced
+          thoughts are worse by 0.011, 0.005 to 0.017); at first 1.694, and no arm gains on that.
+          Rewards are 0.0001 (-0.0010 to 0.0012), though 0.07 of the thought is mixed in. The first
+          setting, 600 steps of 16 rows at half the rate: 1.677, 1.678, 1.674 and 1.672, no two of
+          which differ; rewards of 0.0001 (-0.0008 to 0.0010), 0.04 of the thought. Three seeds
+          each. On longer rows (55 tokens), 200 steps moved nothing either (one seed).
 """
 
 import dataclasses
