@@ -13,11 +13,11 @@ Command:  python -m tokenlab data fetch english_prose
           python -m tokenlab study experiments/models/lemo.py
 Hardware: two CPU cores, busy: half an hour.
 Expected: not visible here. Scores of blocks differ: their standard deviation is 0.33 of the mean,
-          and the better half holds 0.59 of them. But predictors fitted to 40 rows, as many as there is
-          time for, do not find it (recall 0.51, 0.45 to 0.56, chance 0.50), so dropping by them is
-          no better than by chance: as tuned 4.24 nats a token and 4.14 by chance; the plain model
-          with the adapters has 3.216 and 3.215, with LoRA's own 3.167 (LeMo is 1.6 % worse, 0.0 to
-          3.1; 3 % were allowed). A step leaves 877 MB for its backward pass, LoRA's 1370. The first
+          and the better half holds 0.59 of them. But predictors fitted to 40 rows, all that time
+          allows, do not find it (recall 0.51, 0.45 to 0.56, chance 0.50), so dropping by them is no
+          better than by chance: as tuned 4.24 nats a token and 4.14 by chance; the plain model with
+          the adapters has 3.216 and 3.215, with LoRA's own 3.167 (LeMo is 1.6 % worse, 0.0 to 3.1;
+          3 % were allowed). A step leaves 877 MB for its backward pass, LoRA's 1370. The first
           setting, a small base trained for the study, on texts of 1024 tokens with facts: scores
           differ by 3 %, recall 0.52, the same loss (1.3955 and 1.3956 nats), facts 0.67 as tuned,
           by chance too, and 0.71 with LoRA; half of the saved bytes and 0.70 of the temporary
