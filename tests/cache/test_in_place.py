@@ -41,7 +41,15 @@ def copies(module, run):
 
 @pytest.mark.parametrize(
     ("model", "cache"),
-    [*itertools.product(MODELS, ("full", "ring", "sink")), ("plain", "paged")],
+    [
+        *itertools.product(MODELS, ("full",)),
+        *itertools.product(("plain",), ("ring", "sink", "paged")),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in itertools.product(MODELS, ("ring", "sink"))
+            if pair[0] != "plain"
+        ),
+    ],
 )
 def test_rows(model, cache):
     network = MODELS[model]()

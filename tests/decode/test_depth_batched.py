@@ -57,6 +57,7 @@ def test_it_writes_what_rows_write(program):
     assert depths.ledger.cache_entries == depths.ledger.block_tokens
 
 
+@pytest.mark.slow
 def test_one_row_at_a_time_costs_the_same_and_wastes_nothing():
     """The work of a row is that of its tokens, however rows share passes."""
     found = [both(batch=batch, slots=slots)[1] for batch, slots in ((1, 1), (3, 5), (16, None))]

@@ -162,7 +162,7 @@ def test_prompts_of_other_lengths_compile_nothing(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("chains", marks=pytest.mark.slow), "dynamic", "goose"]
+    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("chains", "dynamic")), "goose"]
 )
 def test_a_row_depends_on_its_prompt_and_number_alone(name):
     sampler = Categorical(processors=(Temperature(value=1.3), TopK(k=9)))
@@ -215,7 +215,7 @@ DISTRIBUTED = {
 }
 
 
-QUICK = ("spectr", "dynamic")
+QUICK = ("spectr",)
 slowly = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in DISTRIBUTED]
 
 

@@ -241,7 +241,7 @@ def test_the_expected_loss_is_the_sum_of_the_losses_of_plain_loops(policy):
         ExpectedNextToken()(context_of(model.causal_twin(), params))
 
 
-@both
+@pytest.mark.parametrize("policy", ["online", pytest.param("early", marks=pytest.mark.slow)])
 def test_drawn_depths_freeze_tokens_and_pass_the_gradient_of_the_mixture(policy):
     model, params = case(policy, readout="straight_through")
     drawn = [context_of(model, params, train=True, seed=s).output() for s in range(2)]

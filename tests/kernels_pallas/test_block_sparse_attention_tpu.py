@@ -305,7 +305,10 @@ def _compile(shape, dtype, topology, lists=None, softcap=None):
 
 @pytest.mark.parametrize(
     ("topology", "dtype", "shape"),
-    [(topology, dtype, shape) for (topology, dtype), shape in COMPILED],
+    [
+        pytest.param(*pair, shape, marks=pytest.mark.slow if pair[0] in ("v5p", "tpu7x") else ())
+        for pair, shape in COMPILED
+    ],
     ids=[f"{topology}-{dtype.__name__}-{shape}" for (topology, dtype), shape in COMPILED],
 )
 def test_forward_and_backward_compile(topology, dtype, shape):

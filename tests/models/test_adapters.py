@@ -177,12 +177,14 @@ def test_no_gradient_is_computed_of_what_is_frozen(tuned):
     batch = run.trainer.put(next(run.batches()))
     state = run.trainer.init()
     key = jax.random.key(0)
-    grads, _, ledger = jax.jit(lambda p, b: run.trainer._gradient(p, b, key, {}))(
+    grads, _, ledger = jax.jit(lambda p, b: run.trainer._gradient(p, b, key, {}, {}))(
         state.params, batch
     )
     assert all(np.any(leaf) == ("/b/" in name) for name, leaf in named(grads).items())
     whole = Run.of(config.replace(tuned, {"optimizer.trained": ("*",)}))
-    _, _, more = jax.jit(lambda p, b: whole.trainer._gradient(p, b, key, {}))(state.params, batch)
+    _, _, more = jax.jit(lambda p, b: whole.trainer._gradient(p, b, key, {}, {}))(
+        state.params, batch
+    )
     assert float(ledger.saved_bytes) < 0.9 * float(more.saved_bytes)
 
 

@@ -141,7 +141,7 @@ def test_no_later_token_reaches_a_stream():
     assert np.all(seen[:5] > 0) and np.all(seen[5:] == 0)
 
 
-@pytest.mark.parametrize("kind", ["drawn", "pauses"])
+@pytest.mark.parametrize("kind", ["drawn", pytest.param("pauses", marks=pytest.mark.slow)])
 def test_decoding_thinks_as_a_pass_over_the_whole_row(kind):
     model = thinker(thought=2, kind=kind)
     params = params_of(model)
