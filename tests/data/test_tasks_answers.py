@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import re
 
 import numpy as np
@@ -14,7 +13,6 @@ from tokenlab.core.errors import UserError
 from tokenlab.data.tasks.addition import Addition
 from tokenlab.data.tasks.alphabet import AlphabetTokenizer
 from tokenlab.data.tasks.associative_recall import AssociativeRecall
-from tokenlab.data.tasks.base import TaskBatch
 from tokenlab.data.tasks.brackets import Brackets
 from tokenlab.data.tasks.graph_order import GraphOrder
 from tokenlab.data.tasks.grid_questions import GridQuestions
@@ -311,36 +309,6 @@ def test_worked_examples():
     assert recall.check(prompt=prompt, completion=recall.tokenizer.encode("v0 "))
 
 
-def test_features_of_a_worked_graph():
-    task = GraphOrder(nodes=5, edges=5)
-    text = "n3 n0 n3 n4 n0 n1 n4 n1 n4 n2 : n3 n0 n4 n1 n2 "
-    rows = TaskBatch(
-        tokens=np.asarray([task.tokenizer.encode(text)]),
-        **{name: np.zeros((1, 16), int) for name in ("targets", "segments", "positions")},
-        weights=np.ones((1, 16), np.float32), difficulty=np.zeros((1, 16), int),
-    )  # fmt: skip
-    found = task.features(rows)
-    assert {name: values[0, 10] for name, values in found["static"].items()} == {
-        "nodes": 5, "edges": 5, "hub": 3,
-    }  # fmt: skip
-    at = {name: values[0, 10:15].tolist() for name, values in found["execution"].items()}
-    # 3 opens 0 and 4; 0 opens none, as 1 waits for 4; 4 opens 1 and 2
-    assert at == {
-        "depth": [0, 1, 1, 2, 2], "frontier": [1, 2, 1, 2, 1], "enabled": [0, 2, 0, 2, 0],
-    }  # fmt: skip
-    first = dataclasses.replace(task, order="depth_first").features(rows)["execution"]
-    # from 0 by 1 to 4, then its neighbours 2 and 3
-    at = {name: values[0, 10:15].tolist() for name, values in first.items()}
-    assert at == {
-        "depth": [0, 1, 2, 3, 3], "frontier": [1, 2, 2, 2, 1], "enabled": [0, 2, 1, 1, 0],
-    }  # fmt: skip
-
-
-def test_depths_of_brackets_are_bounded_and_reached():
-    hard = Brackets(max_depth=3, pairs=12).sample(seed=0, count=100).difficulty
-    assert set(np.unique(hard)) == {-1, 1, 2, 3}
-
-
 def test_chained_digits_lengthen_the_carry_chains():
     longest = {
         chained: Addition(digits=12, chained=chained).sample(seed=0, count=500).difficulty.max()
@@ -356,64 +324,6 @@ def test_draws_cover_hops_and_values_evenly():
     np.testing.assert_allclose(hops[2:], 8000, rtol=0.05)
     values = np.bincount(batch.tokens[:, :8].ravel(), minlength=11)[3:]
     np.testing.assert_allclose(values, 2000, rtol=0.1)
-
-
-def run(source, **options):
-    given_options = {"tokenizer": source.task.tokenizer, "batch_size": 6, "seed": 5}
-    return source.batches(**given_options | options)
-
-
-@pytest.mark.parametrize("task", [PointerChase(), Addition(), AssociativeRecall()])
-def test_global_batches_do_not_depend_on_the_number_of_processes(task):
-    source = TaskSource(task=task)
-    whole = list(itertools.islice(run(source), 4))
-    for count in (2, 3):
-        parts = [
-            list(itertools.islice(run(source, shard_index=i, shard_count=count), 4))
-            for i in range(count)
-        ]
-        for step, batch in enumerate(whole):
-            for name, values in batch.items():
-                joined = np.concatenate([part[step][name] for part in parts])
-                np.testing.assert_array_equal(values, joined)
-    numbers = np.concatenate([batch["documents"][:, 0] for batch in whole])
-    assert numbers.tolist() == list(range(24))
-    assert len({row.tobytes() for batch in whole for row in batch["tokens"]}) == 24
-
-
-def test_rows_do_not_depend_on_the_batch_size():
-    source = TaskSource(task=Addition())
-    rows = []
-    for size in (1, 7, 48, 100):
-        batches = itertools.islice(run(source, batch_size=size), 1 + 100 // size)
-        joined = [
-            np.concatenate(arrays)[:100]
-            for arrays in zip(*(b.values() for b in batches), strict=True)
-        ]
-        rows.append(joined)
-    for arrays in zip(*rows, strict=True):
-        for other in arrays[1:]:
-            np.testing.assert_array_equal(arrays[0], other)
-
-
-def test_splits_and_seeds_share_no_row():
-    rows = []
-    for split, seed in itertools.product(("train", "held_out"), (0, 1, 2)):
-        batches = run(TaskSource(task=AssociativeRecall(), split=split), seed=seed)
-        tokens = [batch["tokens"] for batch in itertools.islice(batches, 20)]
-        rows += [row.tobytes() for row in np.concatenate(tokens)]
-    assert len(set(rows)) == len(rows) == 720
-
-
-def test_restored_source_goes_on_exactly():
-    dataset = run(TaskSource(task=PointerChase()))
-    straight = iter(dataset)
-    for _ in range(5):
-        state = json.dumps(straight.get_state())
-        wanted = next(straight)
-        resumed = iter(dataset)
-        resumed.set_state(json.loads(state))
-        np.testing.assert_array_equal(next(resumed)["tokens"], wanted["tokens"])
 
 
 def test_user_errors():
@@ -434,7 +344,9 @@ def test_user_errors():
     with pytest.raises(UserError, match=r"TaskSource\.split is 'test'"):
         TaskSource(task=Addition(), split="test")
     with pytest.raises(UserError, match="is not the alphabet of PointerChase"):
-        run(TaskSource(task=PointerChase()), tokenizer=Addition().tokenizer)
+        TaskSource(task=PointerChase()).batches(
+            tokenizer=Addition().tokenizer, batch_size=6, seed=5
+        )
     with pytest.raises(UserError, match="begins with symbol"):
         AlphabetTokenizer(symbols=("a", "ab"))
     with pytest.raises(UserError, match="'3=4 ' is not made of the 12 task symbols"):
@@ -456,20 +368,6 @@ def test_red_patches_are_of_any_number_and_landmarks_anywhere_inside():
     assert len(red) == 4 and red.min() > 60
     where = np.bincount(np.argmax(patches == 1, axis=1), minlength=12).reshape(4, 3)
     assert (where[-1] == 0).all() and (where[:, -1] == 0).all() and where[:-1, :-1].min() > 30
-
-
-def test_the_prompt_is_what_comes_before_the_first_answer_of_a_segment():
-    for task in (GridQuestions(height=4, width=4), Addition(sums=3)):
-        source = TaskSource(task=task, prompts=True)
-        batch = next(iter(source.batches(tokenizer=task.tokenizer, batch_size=5, seed=0)))
-        for row in range(5):
-            for segment in np.unique(batch["segments"][row]):
-                inside = batch["segments"][row] == segment
-                first = np.flatnonzero(batch["weights"][row, inside])[0]
-                expected = np.arange(inside.sum()) <= first
-                np.testing.assert_array_equal(batch["prompt"][row, inside], expected)
-        plain = TaskSource(task=task).batches(tokenizer=task.tokenizer, batch_size=5, seed=0)
-        assert "prompt" not in next(iter(plain))
 
 
 @settings(max_examples=40, deadline=None)
