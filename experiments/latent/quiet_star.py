@@ -33,6 +33,7 @@ from jaxtyping import PyTree
 from tokenlab import config as configs
 from tokenlab.core.arrays import Array
 from tokenlab.core.context import Context, View
+from tokenlab.data import first_rows
 from tokenlab.data.tasks import Programs, TaskSource
 from tokenlab.experiment import Experiment
 from tokenlab.models import ThinkingTransformer, Transformer, llama, thinking
@@ -126,11 +127,9 @@ def read(model: Transformer, params: PyTree, batch: Mapping[str, Array]) -> dict
 
 def held_out() -> dict[str, Array]:
     """Rows that nobody trained on."""
-    rows = dataclasses.replace(SOURCE, split="held_out").batches(
-        tokenizer=TASK.tokenizer, batch_size=HELD_OUT, seed=0
-    )
-    batch = next(iter(rows))
-    return {name: jnp.asarray(x) for name, x in batch.items() if name != "documents"}
+    source = dataclasses.replace(SOURCE, split="held_out")
+    batch = first_rows(source, tokenizer=TASK.tokenizer, batch_size=HELD_OUT, seed=0)
+    return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from tokenlab import config as configs
 from tokenlab.core.arrays import Float, Int
 from tokenlab.core.context import Context, View
 from tokenlab.core.rng import stream
-from tokenlab.data import PackedText, TfdsCorpus
+from tokenlab.data import PackedText, TfdsCorpus, first_rows
 from tokenlab.evals import ObjectiveValue
 from tokenlab.evals.routes import (
     all_patterns,
@@ -121,12 +121,6 @@ def router_run() -> Run:
     return Run.of(routed(), tokenizer=ByteTokenizer())
 
 
-def rows(split: str, *, batch_size: int, seed: int) -> Any:
-    """Batches of a split."""
-    source = dataclasses.replace(TEXT, split=split)
-    return source.batches(tokenizer=ByteTokenizer(), batch_size=batch_size, seed=seed)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def chosen(network: Transformer, params: Any, batch: dict[str, Any]) -> Any:
     """The option of every token in every layer, and the mean nats."""
@@ -165,7 +159,8 @@ def network(seed: int) -> View:
     base, _ = trained(configs.replace(config(), {"seed": seed}))
     run = router_run()
     params = with_base(run.experiment.model, base.params, key=stream(seed, "init"))
-    params = continued(run, params, iter(rows("train", batch_size=16, seed=seed + 1000)))
+    text = TEXT.batches(tokenizer=ByteTokenizer(), batch_size=16, seed=seed + 1000)
+    params = continued(run, params, iter(text))
     return View(model=run.experiment.model, params=params)
 
 
@@ -237,8 +232,8 @@ def at_budgets(
 def measured(seed: int) -> tuple[dict[Route, dict[str, float]], dict[Route, float]]:
     """Figures of each route, and how many big layers it runs."""
     view, rng = network(seed), np.random.default_rng(seed)
-    batch = next(iter(rows("held_out", batch_size=HELD_OUT, seed=seed)))
-    batch = {name: each for name, each in batch.items() if name != "documents"}
+    text = dataclasses.replace(TEXT, split="held_out")
+    batch = first_rows(text, tokenizer=ByteTokenizer(), batch_size=HELD_OUT, seed=seed)
     found = tables(view, batch)
     nats, budgets = found.nats, np.sum(found.route == 0, axis=0)
     oracle, by_chance = at_budgets(found, budgets, rng)
